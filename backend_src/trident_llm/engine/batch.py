@@ -1,0 +1,47 @@
+"""What one step feeds the model: flat token tensors and the metadata attention needs.
+
+All sequences of a step lie one after another on a single token axis; a sequence that decodes contributes one
+token, one that computes its prompt a chunk. Decodes come first.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+from torch import Tensor
+
+
+@dataclass(frozen=True)
+class AttentionMetadata:
+    """Where this step's tokens belong in the paged KV cache.
+
+    S sequences with T tokens in all. The first ``num_decodes`` sequences have exactly one token each.
+    """
+
+    slot_mapping: Tensor
+    """[T] int64: block_id * block_size + offset that each token's K and V are written to."""
+    block_tables: Tensor
+    """[S, max_blocks] int32: block ids of each sequence, padded with 0."""
+    cu_seqlens_q: Tensor
+    """[S + 1] int32: where each sequence's tokens start; last entry T."""
+    context_lens: Tensor
+    """[S] int32: tokens of each sequence in the cache once this step's are written."""
+    seq_lens_q: tuple[int, ...]
+    """Tokens of each sequence in this step, on the host."""
+    context_lens_host: tuple[int, ...]
+    """``context_lens`` on the host."""
+    num_decodes: int
+    block_size: int
+
+
+@dataclass(frozen=True)
+class ModelInput:
+    """One step's input to the decoder."""
+
+    token_ids: Tensor
+    """[T] int64."""
+    positions: Tensor
+    """[T] int64."""
+    logits_rows: Tensor
+    """[R] int64: indices into the token axis whose logits are wanted."""
+    attention: AttentionMetadata

@@ -1,0 +1,196 @@
+"""BlockManager: which KV-cache blocks belong to whom. Knows block ids and token ids, no tensors.
+
+Blocks are reference counted. A full block whose tokens are known is registered under the hash of everything before
+and in it, so that another sequence with the same beginning can share it. A block nobody references waits in the free
+queue, oldest first, and keeps its content (and hash) until it is needed for something else:
+
+    block_table of A   [ 7 ][ 2 ][ 5 ]            ref_counts: 7 -> 2, 2 -> 2, 5 -> 1, 9 -> 1
+    block_table of B   [ 7 ][ 2 ][ 9 ]            blocks 7 and 2 hold the common prefix
+"""
+
+from __future__ import annotations
+
+import hashlib
+from array import array
+from collections import OrderedDict
+from collections.abc import Iterable
+from dataclasses import dataclass
+
+from .sequence import Sequence
+
+
+@dataclass(frozen=True)
+class BlockCopy:
+    """Copy a block's K and V in every layer before the step writes to ``destination``."""
+
+    source: int
+    destination: int
+
+
+class BlockManager:
+    """Allocates, shares and frees the ``num_blocks`` blocks of ``block_size`` tokens."""
+
+    def __init__(self, num_blocks: int, block_size: int, *, prefix_caching: bool) -> None:
+        self.num_blocks = num_blocks
+        self.block_size = block_size
+        self.prefix_caching = prefix_caching
+        self._ref_counts = [0] * num_blocks
+        self._free: OrderedDict[int, None] = OrderedDict.fromkeys(range(num_blocks))
+        self._block_of_hash: dict[bytes, int] = {}
+        self._hash_of_block: dict[int, bytes] = {}
+        self.num_query_tokens = 0
+        self.num_hit_tokens = 0
+
+    @property
+    def num_free(self) -> int:
+        """Blocks that can be handed out now, those that still hold cached content included."""
+        return len(self._free)
+
+    @property
+    def num_used(self) -> int:
+        return self.num_blocks - len(self._free)
+
+    @property
+    def num_cached(self) -> int:
+        """Free blocks whose content can still be shared."""
+        return sum(1 for block in self._hash_of_block if self._ref_counts[block] == 0)
+
+    def blocks_for(self, num_tokens: int) -> int:
+        return -(-num_tokens // self.block_size)
+
+    def match_prefix(self, seq: Sequence) -> list[int]:
+        """Blocks in the cache that hold the beginning of ``seq``, at most all but its last token.
+
+        Takes no reference: pass the result to ``admit`` before anything else is allocated.
+        """
+        if not self.prefix_caching:
+            return []
+        full = (len(seq.token_ids) - 1) // self.block_size
+        self._extend_hashes(seq, full)
+        blocks = []
+        for digest in seq.block_hashes[:full]:
+            block = self._block_of_hash.get(digest)
+            if block is None:
+                break
+            blocks.append(block)
+        return blocks
+
+    def blocks_missing(self, matched: list[int], num_tokens: int) -> int:
+        """Free blocks that ``admit`` would take for a sequence of ``num_tokens`` with this match."""
+        revived = sum(1 for block in matched if self._ref_counts[block] == 0)
+        return self.blocks_for(num_tokens) - len(matched) + revived
+
+    def admit(self, seq: Sequence, matched: list[int], num_tokens: int) -> None:
+        """Give a sequence without blocks its matched prefix and new blocks for ``num_tokens`` tokens in all."""
+        for block in matched:
+            if self._ref_counts[block] == 0:
+                del self._free[block]
+            self._ref_counts[block] += 1
+        seq.block_table = list(matched)
+        seq.num_computed, seq.num_registered = len(matched) * self.block_size, len(matched)
+        for _ in range(self.blocks_for(num_tokens) - len(matched)):
+            seq.block_table.append(self._take())
+
+    def count_query(self, seq: Sequence, matched: list[int]) -> None:
+        """Enter one admission into the hit statistics."""
+        if self.prefix_caching:
+            self.num_query_tokens += len(seq.token_ids)
+            self.num_hit_tokens += len(matched) * self.block_size
+
+    def blocks_to_grow(self, seq: Sequence, num_tokens: int) -> int:
+        """Free blocks needed before ``num_tokens`` more tokens can be written after ``num_computed``."""
+        new = self.blocks_for(seq.num_computed + num_tokens) - len(seq.block_table)
+        return max(new, 0) + (self._shared_write_block(seq) is not None)
+
+    def grow(self, seq: Sequence, num_tokens: int) -> BlockCopy | None:
+        """Make room for ``num_tokens`` more tokens; the caller has checked ``blocks_to_grow``.
+
+        Only the block of the first new token can hold older ones, so at most one block must be copied.
+        """
+        copy = None
+        index = self._shared_write_block(seq)
+        if index is not None:
+            source = seq.block_table[index]
+            copy = BlockCopy(source, self._take())
+            self._ref_counts[source] -= 1
+            seq.block_table[index] = copy.destination
+            seq.num_registered = min(seq.num_registered, index)
+        while len(seq.block_table) < self.blocks_for(seq.num_computed + num_tokens):
+            seq.block_table.append(self._take())
+        return copy
+
+    def fork(self, parent: Sequence, child: Sequence) -> None:
+        """Let ``child`` share the blocks of all tokens that ``parent`` has computed."""
+        child.block_table = parent.block_table[: self.blocks_for(parent.num_computed)]
+        for block in child.block_table:
+            self._ref_counts[block] += 1
+        child.num_computed = parent.num_computed
+        child.num_registered = min(parent.num_registered, len(child.block_table))
+        child.block_hashes = list(parent.block_hashes)
+
+    def register(self, seq: Sequence) -> None:
+        """Make full blocks findable whose tokens are computed and known to the host."""
+        if not self.prefix_caching:
+            return
+        full = min(seq.num_computed, len(seq.token_ids)) // self.block_size
+        if full <= seq.num_registered:
+            return
+        self._extend_hashes(seq, full)
+        for index in range(seq.num_registered, full):
+            digest, block = seq.block_hashes[index], seq.block_table[index]
+            # Two sequences may have computed the same content; the first one stays the one that is found.
+            if digest not in self._block_of_hash and block not in self._hash_of_block:
+                self._block_of_hash[digest] = block
+                self._hash_of_block[block] = digest
+        seq.num_registered = full
+
+    def free(self, seq: Sequence) -> None:
+        """Give all blocks back. The end of the sequence is reused first: its beginning is likelier to be shared."""
+        for block in reversed(seq.block_table):
+            self._ref_counts[block] -= 1
+            if self._ref_counts[block] == 0:
+                self._free[block] = None
+                if block not in self._hash_of_block:
+                    self._free.move_to_end(block, last=False)
+        seq.block_table = []
+        seq.num_computed = seq.num_registered = 0
+
+    def check_integrity(self, live: Iterable[Sequence]) -> None:
+        """Raise AssertionError unless every block is free or referenced exactly as often as ``live`` says."""
+        counts = [0] * self.num_blocks
+        for seq in live:
+            assert len(set(seq.block_table)) == len(seq.block_table), f"{seq.key}: a block twice"
+            assert len(seq.block_table) * self.block_size >= seq.num_computed, f"{seq.key}: too few blocks"
+            for block in seq.block_table:
+                counts[block] += 1
+        assert counts == self._ref_counts, "reference counts disagree with the live sequences"
+        assert all((counts[block] == 0) == (block in self._free) for block in range(self.num_blocks))
+        assert {h: b for b, h in self._hash_of_block.items()} == self._block_of_hash
+
+    def _take(self) -> int:
+        block, _ = self._free.popitem(last=False)
+        digest = self._hash_of_block.pop(block, None)
+        if digest is not None:
+            del self._block_of_hash[digest]
+        self._ref_counts[block] = 1
+        return block
+
+    def _shared_write_block(self, seq: Sequence) -> int | None:
+        """Index of the block that the next token goes to, when others hold it too or may find it by its hash."""
+        index = seq.num_computed // self.block_size
+        if index >= len(seq.block_table) or self._ref_counts[seq.block_table[index]] == 1:
+            return None
+        return index
+
+    def _extend_hashes(self, seq: Sequence, num_blocks: int) -> None:
+        size = self.block_size
+        while len(seq.block_hashes) < num_blocks:
+            start = len(seq.block_hashes) * size
+            parent = seq.block_hashes[-1] if seq.block_hashes else _root(seq.salt)
+            tokens = array("q", seq.token_ids[start : start + size]).tobytes()
+            seq.block_hashes.append(hashlib.blake2b(parent + tokens, digest_size=32).digest())
+
+
+def _root(salt: bytes) -> bytes:
+    """Start of a hash chain; of one length for all salts, so that no salt can imitate a chain."""
+    return hashlib.blake2b(salt, digest_size=32, person=b"trident-root").digest()

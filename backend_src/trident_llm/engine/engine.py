@@ -1,0 +1,221 @@
+"""EngineCore: requests in, token deltas out, one ``step`` at a time. Knows token ids, neither text nor sockets.
+
+Not thread-safe: one thread adds, aborts and steps, so changes take effect between steps only.
+"""
+
+from __future__ import annotations
+
+import time
+from collections.abc import Callable
+from typing import Any
+
+from ..config import EngineConfig
+from ..errors import BadRequest, Overloaded
+from ..protocol import Delta, FinishReason, SampleStart, Submit, Welcome
+from .block_manager import BlockManager
+from .loading import LoadedModel, load_model
+from .model_runner import ModelRunner, SampledToken
+from .scheduler import Scheduler
+from .sequence import Sequence
+
+
+class EngineCore:
+    """Loads the model of ``config`` and serves it. Raises TridentError when it cannot be loaded."""
+
+    def __init__(self, config: EngineConfig, *, progress: Callable[[str], None] | None = None) -> None:
+        self.config = config
+        self.model: LoadedModel = load_model(config, progress or (lambda text: None))
+        self.blocks = BlockManager(
+            self.model.kv_cache.num_blocks, config.block_size, prefix_caching=config.prefix_caching
+        )
+        self.scheduler = Scheduler(
+            self.blocks, max_num_seqs=config.max_num_seqs, max_num_batched_tokens=config.max_num_batched_tokens
+        )
+        self.runner = ModelRunner(self.model.decoder, self.model.kv_cache, device=self.model.device)
+        self._requests: dict[str, dict[int, Sequence]] = {}
+        self._eos_ids = frozenset(self.model.config.eos_token_ids)
+        self._arrivals = 0
+        self._counters = {"prompt_tokens_total": 0, "output_tokens_total": 0, "requests_total": 0, "steps_total": 0}
+        self._step_seconds = 0.0
+
+    def welcome(self, epoch: str) -> Welcome:
+        """What doors need to know of this engine."""
+        return Welcome(
+            epoch=epoch,
+            model=self.model.name,
+            tokenizer_folder=str(self.model.tokenizer_folder),
+            max_model_len=self.model.max_model_len,
+            vocab_size=self.model.config.vocab_size,
+            eos_token_ids=sorted(self._eos_ids),
+            max_num_seqs=self.config.max_num_seqs,
+            max_queue_size=self.config.max_queue_size,
+            limits=self.config.limits,
+        )
+
+    def add(self, submit: Submit) -> None:
+        """Queue a request. Raises BadRequest when it can never run, Overloaded when the queue is full."""
+        if submit.request_id in self._requests:
+            raise BadRequest(f"request_id: {submit.request_id!r} is in use")
+        self._check_fits(submit)
+        self._check_queue(submit)
+        sequences = [self._sequence(submit, start) for start in submit.samples]
+        self._requests[submit.request_id] = {seq.sample_index: seq for seq in sequences}
+        fresh = [seq for seq in sequences if not seq.num_output_tokens]
+        if fresh:
+            fresh[0].forks = fresh[1:]
+            self.scheduler.add(fresh[0])
+        for seq in sequences:
+            if seq.num_output_tokens:
+                self.scheduler.add(seq)
+        self._counters["requests_total"] += 1
+
+    def abort(self, request_id: str, sample_index: int | None = None) -> None:
+        """Drop a request, or one sample of it, and free its blocks. Unknown names are ignored."""
+        for index, seq in list(self._requests.get(request_id, {}).items()):
+            if sample_index in (None, index):
+                self.scheduler.finish(seq)
+                self._forget(seq)
+
+    def has_work(self) -> bool:
+        return bool(self._requests)
+
+    def step(self) -> list[Delta]:
+        """Schedule, run, postprocess. Returns the new tokens of this step."""
+        deltas = self._expired()
+        output = self.scheduler.schedule()
+        if not output.scheduled:
+            return deltas
+        began = time.perf_counter()
+        sampled = self.runner.run(output)
+        deltas += [delta for token in sampled if (delta := self._accept(token)) is not None]
+        for item in output.scheduled:
+            self.blocks.register(item.seq)
+        self._step_seconds += time.perf_counter() - began
+        self._counters["steps_total"] += 1
+        return deltas
+
+    def stats(self) -> dict[str, Any]:
+        """Counters and gauges, by the names they have as metrics without the prefix ``trident_``."""
+        running = len(self.scheduler.running)
+        return {
+            "running_requests": running,
+            "waiting_requests": sum(len(sequences) for sequences in self._requests.values()) - running,
+            "peak_running_requests": self.scheduler.peak_running,
+            "kv_blocks_total": self.blocks.num_blocks,
+            "kv_blocks_used": self.blocks.num_used,
+            "kv_blocks_cached": self.blocks.num_cached,
+            "prefix_cache_query_tokens_total": self.blocks.num_query_tokens,
+            "prefix_cache_hit_tokens_total": self.blocks.num_hit_tokens,
+            "preemptions_total": self.scheduler.num_preemptions,
+            "step_seconds_total": round(self._step_seconds, 6),
+            **self._counters,
+            "memory": {
+                "weights_bytes": self.model.weights_bytes,
+                "kv_cache_bytes": self.model.kv_cache.num_bytes,
+            },
+            "device": str(self.model.device),
+            "dtype": str(self.model.dtype).removeprefix("torch."),
+            "max_model_len": self.model.max_model_len,
+        }
+
+    def check_integrity(self) -> None:
+        """Raise AssertionError unless queues, sequences and blocks agree."""
+        self.scheduler.check_integrity()
+
+    def _check_fits(self, submit: Submit) -> None:
+        longest = max(len(start.output_ids) for start in submit.samples)
+        limit = self.model.max_model_len
+        if len(submit.prompt_ids) >= limit:
+            raise BadRequest(
+                f"text_input: {len(submit.prompt_ids)} tokens leave no room for output; allowed: at most {limit - 1} "
+                f"(max_model_len {limit})"
+            )
+        total = min(len(submit.prompt_ids) + max(submit.params.max_tokens, longest), limit)
+        needed = self.blocks.blocks_for(total)
+        if needed > self.blocks.num_blocks:
+            raise BadRequest(
+                f"max_tokens: prompt and output of {total} tokens need {needed} KV blocks; the pool has "
+                f"{self.blocks.num_blocks} blocks of {self.blocks.block_size} tokens"
+            )
+
+    def _check_queue(self, submit: Submit) -> None:
+        resumed = any(start.output_ids for start in submit.samples)
+        room = self.config.max_queue_size + self.config.max_num_seqs - len(self.scheduler.running)
+        if not resumed and self.scheduler.num_unstarted + len(submit.samples) > max(room, 1):
+            raise Overloaded(
+                f"{self.scheduler.num_unstarted} requests are waiting (max_queue_size {self.config.max_queue_size}); "
+                "retry after 2 s"
+            )
+
+    def _sequence(self, submit: Submit, start: SampleStart) -> Sequence:
+        params = submit.params
+        self._arrivals += 1
+        stop_ids = frozenset(params.stop_token_ids) | (frozenset() if params.ignore_eos else self._eos_ids)
+        return Sequence(
+            request_id=submit.request_id,
+            sample_index=start.index,
+            token_ids=submit.prompt_ids + start.output_ids,
+            num_prompt_tokens=len(submit.prompt_ids),
+            params=params,
+            stop_ids=stop_ids,
+            priority=submit.priority,
+            arrival=self._arrivals,
+            salt=submit.cache_salt.encode(),
+        )
+
+    def _accept(self, token: SampledToken) -> Delta | None:
+        """Append a sampled token to its sequence; None when that has been aborted since."""
+        seq = token.seq
+        seq.num_pending -= 1
+        if self._requests.get(seq.request_id, {}).get(seq.sample_index) is not seq:
+            return None
+        if seq.num_output_tokens == 0:
+            self._counters["prompt_tokens_total"] += seq.num_prompt_tokens
+        seq.token_ids.append(token.token_id)
+        self._counters["output_tokens_total"] += 1
+        stopped = token.token_id in seq.stop_ids
+        reason: FinishReason | None = "stop" if stopped else None
+        if not stopped and (
+            seq.num_output_tokens >= seq.params.max_tokens or len(seq.token_ids) >= self.model.max_model_len
+        ):
+            reason = "length"
+        if reason is not None:
+            self.blocks.register(seq)
+            self.scheduler.finish(seq)
+            self._forget(seq)
+        return Delta(
+            request_id=seq.request_id,
+            sample_index=seq.sample_index,
+            offset=seq.num_output_tokens - 1,
+            token_ids=[token.token_id],
+            logprobs=None if token.logprobs is None else [token.logprobs],
+            finish_reason=reason,
+            stopped_by_token=stopped,
+            num_cached_tokens=seq.num_cached_tokens,
+        )
+
+    def _expired(self) -> list[Delta]:
+        """Errors for requests that waited longer than queue_timeout."""
+        if not self.config.queue_timeout:
+            return []
+        late = self.scheduler.expire(self.config.queue_timeout)
+        error = Overloaded(f"waited longer than queue_timeout ({self.config.queue_timeout:g} s); retry after 2 s")
+        for seq in late:
+            self._forget(seq)
+        return [
+            Delta(
+                request_id=seq.request_id,
+                sample_index=seq.sample_index,
+                offset=seq.num_output_tokens,
+                token_ids=[],
+                finish_reason="error",
+                error=str(error),
+            )
+            for seq in late
+        ]
+
+    def _forget(self, seq: Sequence) -> None:
+        samples = self._requests[seq.request_id]
+        del samples[seq.sample_index]
+        if not samples:
+            del self._requests[seq.request_id]

@@ -1,0 +1,160 @@
+"""From settings to a decoder and a KV cache on a device. Decides device, dtype, context length and pool size."""
+
+from __future__ import annotations
+
+import dataclasses
+import os
+from collections.abc import Callable
+from dataclasses import dataclass
+from pathlib import Path
+
+import psutil
+import torch
+
+from ..config import EngineConfig
+from ..errors import BadRequest, LoadFailed, NotFound
+from ..models.config_reader import read_model_config
+from ..models.llama import LlamaDecoder
+from ..models.model_config import ModelConfig
+from ..models.source import ModelSource, resolve_model
+from ..models.tokenizer_files import byte_tokenizer_folder, prepare_tokenizer
+from ..models.weights import iter_dummy_weights, iter_weights
+from .kv_cache import KVCache, bytes_per_block
+
+Progress = Callable[[str], None]
+
+_DTYPES = {"bf16": torch.bfloat16, "fp16": torch.float16, "fp32": torch.float32}
+_CPU_POOL_SHARE = 0.1
+"""Share of the free host memory that the KV pool takes on a CPU."""
+
+
+@dataclass(frozen=True)
+class LoadedModel:
+    """All that a model runner and a door need. ``max_model_len`` fits the pool."""
+
+    name: str
+    config: ModelConfig
+    decoder: LlamaDecoder
+    kv_cache: KVCache
+    tokenizer_folder: Path
+    device: torch.device
+    dtype: torch.dtype
+    max_model_len: int
+    weights_bytes: int
+
+
+def load_model(config: EngineConfig, progress: Progress) -> LoadedModel:
+    """Load what ``config`` names. Raises BadRequest, NotFound or LoadFailed."""
+    device = choose_device(config.device)
+    if device.type == "cpu":
+        torch.set_num_threads(config.num_threads or len(os.sched_getaffinity(0)))
+    dummy = config.load_format == "dummy"
+    source = resolve_model(config.model, config.revision, weights=not dummy, progress=progress)
+    model_config = _with_sliding_window(read_model_config(source), config.sliding_window)
+    dtype = choose_dtype(config.dtype, model_config.dtype, device)
+    max_model_len = _context_length(config.max_model_len, model_config)
+    tokenizer_folder = _tokenizer_folder(source, model_config, progress, dummy=dummy)
+    decoder = LlamaDecoder(model_config, dtype=dtype, device=device, max_model_len=max_model_len)
+    weights = (
+        iter_dummy_weights(model_config, dtype=dtype, device=device)
+        if dummy
+        else iter_weights(source, model_config, dtype=dtype, device=device, progress=_Percent(progress))
+    )
+    decoder.load_weights(weights)
+    num_blocks = _pool_blocks(config, model_config, dtype, device, max_model_len)
+    if num_blocks * config.block_size < max_model_len:
+        if config.max_model_len:
+            raise BadRequest(
+                f"max_model_len: {max_model_len} tokens do not fit the KV pool of {num_blocks} blocks of "
+                f"{config.block_size} tokens; allowed: at most {num_blocks * config.block_size}"
+            )
+        max_model_len = num_blocks * config.block_size
+    kv_cache = KVCache(model_config, num_blocks=num_blocks, block_size=config.block_size, dtype=dtype, device=device)
+    progress(f"KV pool: {num_blocks} blocks of {config.block_size} tokens, {kv_cache.num_bytes / 2**20:.0f} MiB")
+    return LoadedModel(
+        name=config.model,
+        config=model_config,
+        decoder=decoder,
+        kv_cache=kv_cache,
+        tokenizer_folder=tokenizer_folder,
+        device=device,
+        dtype=dtype,
+        max_model_len=max_model_len,
+        weights_bytes=decoder.num_bytes,
+    )
+
+
+def choose_device(name: str) -> torch.device:
+    """The device for a setting auto | cuda | cpu."""
+    if name == "cuda" and not torch.cuda.is_available():
+        raise BadRequest("device: cuda, but PyTorch sees no CUDA device here; allowed: auto, cpu")
+    if name == "cpu" or not torch.cuda.is_available():
+        return torch.device("cpu")
+    return torch.device("cuda", torch.cuda.current_device())
+
+
+def choose_dtype(name: str, checkpoint: str, device: torch.device) -> torch.dtype:
+    """The dtype for a setting auto | bf16 | fp16 | fp32."""
+    if name == "fp16" and device.type == "cpu":
+        raise BadRequest("dtype: fp16 is not available on the CPU; allowed: auto, bf16, fp32")
+    if name != "auto":
+        return _DTYPES[name]
+    if device.type == "cuda":
+        return torch.float16 if checkpoint == "fp16" else torch.bfloat16
+    return torch.bfloat16 if torch.ops.mkldnn._is_mkldnn_bf16_supported() else torch.float32
+
+
+def _with_sliding_window(config: ModelConfig, window: int | None) -> ModelConfig:
+    return config if window is None else dataclasses.replace(config, sliding_window=window or None)
+
+
+def _context_length(asked: int, config: ModelConfig) -> int:
+    limit = config.max_position_embeddings
+    if asked > limit:
+        raise BadRequest(f"max_model_len: {asked} is more than the model's own limit; allowed: at most {limit}")
+    return asked or limit
+
+
+def _tokenizer_folder(source: ModelSource, config: ModelConfig, progress: Progress, *, dummy: bool) -> Path:
+    try:
+        return prepare_tokenizer(source, progress=progress)
+    except NotFound:
+        if not dummy:
+            raise
+        return byte_tokenizer_folder(config.vocab_size)
+
+
+def _pool_blocks(
+    config: EngineConfig, model: ModelConfig, dtype: torch.dtype, device: torch.device, max_model_len: int
+) -> int:
+    """Blocks of the pool: the setting, else what fits, and never more than all sequences at full length need."""
+    if config.max_num_blocks is not None:
+        return config.max_num_blocks
+    block_bytes = bytes_per_block(model, block_size=config.block_size, dtype=dtype)
+    if device.type == "cuda":
+        free, total = torch.cuda.mem_get_info(device)
+        budget = int(total * config.gpu_memory_utilization) - (total - free)
+    else:
+        budget = int(psutil.virtual_memory().available * _CPU_POOL_SHARE)
+    most = config.max_num_seqs * -(-max_model_len // config.block_size)
+    num_blocks = min(budget // block_bytes, most)
+    if num_blocks < 1:
+        raise LoadFailed(
+            f"no memory is left for the KV pool on {device}: a block takes {block_bytes} bytes, {max(budget, 0)} are "
+            "left; choose a smaller model, a larger gpu_memory_utilization, or set max_num_blocks"
+        )
+    return num_blocks
+
+
+class _Percent:
+    """Turns fractions into progress lines, one per 10%."""
+
+    def __init__(self, progress: Progress) -> None:
+        self._progress = progress
+        self._next = 0
+
+    def __call__(self, fraction: float) -> None:
+        percent = int(fraction * 100)
+        if percent >= self._next:
+            self._progress(f"loading weights: {percent}%")
+            self._next = percent + 10

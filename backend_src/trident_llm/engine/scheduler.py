@@ -1,0 +1,179 @@
+"""Scheduler: which sequences get how many tokens in the next step. Knows no tensors and no clients.
+
+Running sequences that need one token come first, then those whose prompt is still being computed, then new ones, all
+within ``max_num_batched_tokens``. When blocks run out, the least urgent and newest running sequence gives its blocks
+back and is computed again later.
+"""
+
+from __future__ import annotations
+
+import bisect
+import time
+from dataclasses import dataclass
+
+from .block_manager import BlockCopy, BlockManager
+from .sequence import Sequence, Status
+
+
+@dataclass(frozen=True)
+class ScheduledSequence:
+    """``num_tokens`` tokens from position ``start`` on. ``sampled`` are the sequences that get a token from the last
+    one's logits: none while known tokens remain, this one, and samples that fork off here."""
+
+    seq: Sequence
+    start: int
+    num_tokens: int
+    sampled: tuple[Sequence, ...]
+
+
+@dataclass(frozen=True)
+class SchedulerOutput:
+    """One step. Sequences with a single token come first."""
+
+    scheduled: tuple[ScheduledSequence, ...]
+    block_copies: tuple[BlockCopy, ...]
+    num_tokens: int
+
+
+class Scheduler:
+    """Holds the waiting and running sequences; every method is called between steps, from one thread."""
+
+    def __init__(self, blocks: BlockManager, *, max_num_seqs: int, max_num_batched_tokens: int) -> None:
+        self.blocks = blocks
+        self.max_num_seqs = max_num_seqs
+        self.max_num_batched_tokens = max_num_batched_tokens
+        self.waiting: list[Sequence] = []
+        self.running: list[Sequence] = []
+        self.num_preemptions = 0
+        self.peak_running = 0
+
+    @property
+    def num_unstarted(self) -> int:
+        """Sequences that wait for their first step, forks of those included."""
+        return sum(1 + len(seq.forks) for seq in self.waiting if not seq.started)
+
+    def add(self, seq: Sequence) -> None:
+        bisect.insort(self.waiting, seq, key=lambda s: s.order)
+
+    def finish(self, seq: Sequence) -> None:
+        """Take a sequence out, whatever its state, and give its blocks back. Its forks start on their own."""
+        if seq.status is Status.FINISHED:
+            return
+        if seq.status is Status.RUNNING:
+            self.running.remove(seq)
+            self.blocks.free(seq)
+        elif seq in self.waiting:
+            self.waiting.remove(seq)
+        else:
+            for parent in (*self.waiting, *self.running):
+                parent.forks = [fork for fork in parent.forks if fork is not seq]
+        seq.status = Status.FINISHED
+        self._release_forks(seq)
+
+    def expire(self, queue_timeout: float) -> list[Sequence]:
+        """Take out and return the sequences that have waited longer than this for their first step, in seconds."""
+        limit = time.monotonic() - queue_timeout
+        late = [seq for seq in self.waiting if not seq.started and seq.arrival_time < limit]
+        late += [fork for seq in late for fork in seq.forks]
+        self.waiting = [seq for seq in self.waiting if seq not in late]
+        for seq in late:
+            seq.status, seq.forks = Status.FINISHED, []
+        return late
+
+    def schedule(self) -> SchedulerOutput:
+        """Choose the next step and account for it: ``num_computed`` and ``num_pending`` are those after the step."""
+        budget = self.max_num_batched_tokens
+        scheduled: list[ScheduledSequence] = []
+        copies: list[BlockCopy] = []
+        # Decodes before prompts, and each in order of service: a preemption then hits one not yet scheduled.
+        for seq in sorted(self.running, key=lambda s: (s.num_tokens - s.num_computed > 1, s.order)):
+            num_tokens = min(seq.num_tokens - seq.num_computed, budget)
+            if num_tokens <= 0 or seq.status is not Status.RUNNING:
+                continue
+            if not self._make_room(seq, num_tokens, scheduled):
+                continue
+            copy = self.blocks.grow(seq, num_tokens)
+            if copy is not None:
+                copies.append(copy)
+            scheduled.append(self._advance(seq, num_tokens))
+            budget -= num_tokens
+        while self.waiting and budget > 0 and len(self.running) < self.max_num_seqs:
+            seq = self.waiting[0]
+            if seq.num_pending or not self._admit(seq):
+                break
+            num_tokens = min(seq.num_tokens - seq.num_computed, budget)
+            scheduled.append(self._advance(seq, num_tokens))
+            budget -= num_tokens
+        self.peak_running = max(self.peak_running, len(self.running))
+        scheduled.sort(key=lambda item: item.num_tokens > 1)
+        return SchedulerOutput(tuple(scheduled), tuple(copies), self.max_num_batched_tokens - budget)
+
+    def check_integrity(self) -> None:
+        """Raise AssertionError unless lists, states and blocks agree."""
+        assert all(seq.status is Status.RUNNING for seq in self.running)
+        assert all(seq.status is Status.WAITING and not seq.block_table for seq in self.waiting)
+        assert self.waiting == sorted(self.waiting, key=lambda s: s.order)
+        assert len(self.running) <= self.max_num_seqs
+        self.blocks.check_integrity(self.running)
+
+    def _advance(self, seq: Sequence, num_tokens: int) -> ScheduledSequence:
+        start = seq.num_computed
+        seq.num_computed += num_tokens
+        if seq.num_computed < seq.num_tokens:
+            return ScheduledSequence(seq, start, num_tokens, ())
+        sampled = (seq, *self._start_forks(seq))
+        for sample in sampled:
+            sample.num_pending += 1
+        return ScheduledSequence(seq, start, num_tokens, sampled)
+
+    def _start_forks(self, parent: Sequence) -> list[Sequence]:
+        """Samples that share the prompt just computed; those beyond max_num_seqs wait and start on their own."""
+        room = self.max_num_seqs - len(self.running)
+        forks, parent.forks = parent.forks[:room], parent.forks[room:]
+        for seq in forks:
+            self.blocks.fork(parent, seq)
+            seq.status, seq.started = Status.RUNNING, True
+            seq.num_cached_tokens = parent.num_cached_tokens
+            self.running.append(seq)
+        self._release_forks(parent)
+        return forks
+
+    def _release_forks(self, parent: Sequence) -> None:
+        """Let the remaining forks wait for themselves: one for its own turn, the others for that one's prompt."""
+        if parent.forks:
+            first, *rest = parent.forks
+            parent.forks, first.forks = [], rest
+            self.add(first)
+
+    def _make_room(self, seq: Sequence, num_tokens: int, scheduled: list[ScheduledSequence]) -> bool:
+        """Preempt others, least urgent and newest first, until ``seq`` can grow; False if it had to go itself."""
+        while self.blocks.blocks_to_grow(seq, num_tokens) > self.blocks.num_free:
+            chosen = {item.seq for item in scheduled} | {s for item in scheduled for s in item.sampled}
+            victim = max((s for s in self.running if s not in chosen), key=lambda s: s.order)
+            self._preempt(victim)
+            if victim is seq:
+                return False
+        return True
+
+    def _preempt(self, seq: Sequence) -> None:
+        self.running.remove(seq)
+        self.blocks.free(seq)
+        seq.status = Status.WAITING
+        self.add(seq)
+        self.num_preemptions += 1
+
+    def _admit(self, seq: Sequence) -> bool:
+        """Reserve the whole sequence's blocks, so that computing its prompt preempts nobody."""
+        matched = self.blocks.match_prefix(seq)
+        # Running sequences grow: a small reserve keeps an admission from being preempted right away.
+        reserve = len(self.running) // 8 if self.running else 0
+        if self.blocks.blocks_missing(matched, seq.num_tokens) + reserve > self.blocks.num_free:
+            return False
+        self.blocks.admit(seq, matched, seq.num_tokens)
+        if not seq.started:
+            self.blocks.count_query(seq, matched)
+            seq.started, seq.num_cached_tokens = True, seq.num_computed
+        self.waiting.remove(seq)
+        seq.status = Status.RUNNING
+        self.running.append(seq)
+        return True

@@ -1,0 +1,76 @@
+"""Sequence: one sample of one request as the engine sees it: tokens, progress and the blocks it holds."""
+
+from __future__ import annotations
+
+import enum
+import time
+from collections.abc import Sequence as Seq
+from dataclasses import dataclass, field
+
+from ..protocol import SamplingParams
+
+
+class Status(enum.Enum):
+    WAITING = "waiting"
+    RUNNING = "running"
+    FINISHED = "finished"
+
+
+@dataclass(eq=False)
+class Sequence:
+    """There is no prefill or decode phase: every step gives a sequence some tokens, so that ``num_computed``
+    catches up with ``num_tokens``. When it does, the model's output is one more token.
+
+    Invariants: ``num_computed <= num_tokens``; ``block_table`` covers at least ``num_computed`` tokens while running.
+    """
+
+    request_id: str
+    sample_index: int
+    token_ids: list[int]
+    """Prompt and output tokens that the host knows."""
+    num_prompt_tokens: int
+    params: SamplingParams
+    stop_ids: frozenset[int]
+    """Tokens that end the sequence: the model's own unless ignore_eos, and stop_token_ids."""
+    priority: int = 0
+    arrival: int = 0
+    """Order of arrival; unique in an engine."""
+    salt: bytes = b""
+    """Enters every block hash: blocks are shared between equal salts only."""
+    arrival_time: float = field(default_factory=time.monotonic)
+    status: Status = Status.WAITING
+    started: bool = False
+    num_computed: int = 0
+    """Tokens whose K and V are in the cache, the step in flight included."""
+    num_pending: int = 0
+    """Tokens sampled by the step in flight: part of the sequence, but not yet known to the host."""
+    num_cached_tokens: int = 0
+    """Prompt tokens found in the prefix cache at the first admission."""
+    block_table: list[int] = field(default_factory=list)
+    block_hashes: list[bytes] = field(default_factory=list)
+    """Hash chain of the full blocks, as far as it has been computed."""
+    num_registered: int = 0
+    """Leading blocks of ``block_table`` that the prefix cache knows."""
+    forks: list[Sequence] = field(default_factory=list)
+    """Samples of the same request that start when this one's prompt is computed."""
+
+    @property
+    def key(self) -> tuple[str, int]:
+        return self.request_id, self.sample_index
+
+    @property
+    def num_tokens(self) -> int:
+        return len(self.token_ids) + self.num_pending
+
+    @property
+    def num_output_tokens(self) -> int:
+        return len(self.token_ids) - self.num_prompt_tokens
+
+    @property
+    def output_ids(self) -> Seq[int]:
+        return self.token_ids[self.num_prompt_tokens :]
+
+    @property
+    def order(self) -> tuple[int, int]:
+        """Sort key of service: urgent first, then first come. The largest is preempted first."""
+        return self.priority, self.arrival

@@ -1,0 +1,64 @@
+"""The decoder's operators: one set of signatures, and the choice of implementation for a device.
+
+Knows tensors and the paged KV cache; neither models nor scheduling. Shapes: T tokens of a step, Hq query heads, Hkv
+KV heads, D head_dim; a layer's cache is [num_blocks, block_size, 2, Hkv, D], K at index 0 and V at index 1.
+"""
+
+from __future__ import annotations
+
+from typing import Any, Protocol, cast
+
+import torch
+from torch import Tensor
+
+from ..engine.batch import AttentionMetadata
+
+
+class Kernels(Protocol):
+    """What an implementation offers. Chosen once, at start, by ``kernels_for``."""
+
+    def pack_linear(self, weight: Tensor) -> Tensor:
+        """Bring a weight [out, in] into the layout that ``linear`` of this implementation reads."""
+
+    def linear(self, x: Tensor, weight: Tensor, bias: Tensor | None = None) -> Tensor:
+        """x [T, in] times a packed weight, plus bias [out] -> [T, out]."""
+
+    def rms_norm(self, x: Tensor, weight: Tensor, eps: float) -> Tensor:
+        """RMSNorm over the last dimension, computed in float32; x [..., H], weight [H]. Zhang and Sennrich 2019."""
+
+    def fused_add_rms_norm(self, x: Tensor, residual: Tensor, weight: Tensor, eps: float) -> Tensor:
+        """Add x [T, H] to residual [T, H] in place; return the norm of the sum."""
+
+    def silu_and_mul(self, gate_up: Tensor) -> Tensor:
+        """gate_up [T, 2 * I], gate first -> silu(gate) * up, [T, I]."""
+
+    def plan_attention(
+        self, metadata: AttentionMetadata, *, dtype: torch.dtype, sliding_window: int | None = None
+    ) -> Any:
+        """Everything about a step's attention that no layer changes. The plan is opaque to the caller.
+
+        dtype: of the queries. sliding_window: keys a query sees, itself included; None for all.
+        """
+
+    def rotary_embed_and_store_kv(self, qkv: Tensor, cos: Tensor, sin: Tensor, kv_cache: Tensor, plan: Any) -> None:
+        """Rotate the q and k heads of qkv [T, Hq + 2 * Hkv, D] in place and write k and v to the cache.
+
+        cos, sin: [T, 1, D], already gathered by position (once a step, for all layers), with the first half of sin
+        negated: rotated[d] = x[d] * cos[d] + x[(d + D/2) % D] * sin[d]. A token whose slot is -1 is not written.
+        """
+
+    def paged_attention(
+        self, q: Tensor, kv_cache: Tensor, plan: Any, scale: float, soft_cap: float | None = None
+    ) -> Tensor:
+        """Causal attention of q [T, Hq, D] over each sequence's blocks -> [T, Hq * D]; softmax in float32.
+
+        Query head h reads KV head h // (Hq / Hkv). soft_cap: scores become soft_cap * tanh(score / soft_cap).
+        """
+
+
+def kernels_for(device: torch.device) -> Kernels:
+    """The implementation for a device: today the torch twins serve all."""
+    del device
+    from . import reference
+
+    return cast(Kernels, reference)

@@ -1,0 +1,109 @@
+"""One step of online softmax over a tile of paged keys: what prefill and decode attention share.
+
+Milakov and Gimelshein 2018 (online softmax); Dao et al. 2022 (FlashAttention). Knows no grid and no sequence.
+"""
+
+from __future__ import annotations
+
+import math
+from dataclasses import dataclass
+
+import torch
+import triton
+import triton.language as tl
+
+_LOG2_E = math.log2(math.e)
+
+
+@dataclass(frozen=True)
+class ScoreScale:
+    """Constants that turn q.k into a base-2 logit: q.k * factor, or cap * tanh of it (see ``score_scale``)."""
+
+    factor: float
+    cap: float
+
+
+def score_scale(scale: float, soft_cap: float | None) -> ScoreScale:
+    """Fold log2(e), and tanh(y) = 1 - 2 / (exp(2 y) + 1) where there is a soft cap, into two constants."""
+    if soft_cap is None:
+        return ScoreScale(scale * _LOG2_E, 0.0)
+    return ScoreScale(2.0 * _LOG2_E * scale / soft_cap, soft_cap * _LOG2_E)
+
+
+def dot_precision(dtype: torch.dtype) -> str:
+    """float32 must not fall to tf32, whose error is that of a 10-bit mantissa."""
+    return "ieee" if dtype == torch.float32 else "tf32"
+
+
+@triton.jit
+def attend_tile(
+    acc,  # [ROWS, PADDED_DIM] float32: unnormalised output
+    row_max,  # [ROWS] float32, finite from the start so that a fully masked tile gives exp2(-inf) = 0
+    row_sum,  # [ROWS] float32
+    q,  # [ROWS, PADDED_DIM]
+    first_key,
+    lower,  # [ROWS]: the first key a row sees; unused unless HAS_LOWER
+    upper,  # [ROWS]: one past the last key a row sees
+    num_keys,  # keys at and beyond it are not in the cache
+    kv_cache,  # [num_blocks, BLOCK_SIZE, 2, NUM_KV_HEADS, HEAD_DIM]
+    kv_scales,  # [num_blocks, BLOCK_SIZE, 2, NUM_KV_HEADS] float32; unused unless SCALED
+    table,  # [max_blocks] int32: the sequence's blocks
+    kv_head,
+    score_factor,
+    score_cap,
+    NUM_KV_HEADS: tl.constexpr,
+    HEAD_DIM: tl.constexpr,
+    PADDED_DIM: tl.constexpr,
+    BLOCK_SIZE: tl.constexpr,
+    TILE_KEYS: tl.constexpr,
+    MASKED: tl.constexpr,
+    HAS_LOWER: tl.constexpr,
+    HAS_CAP: tl.constexpr,
+    SCALED: tl.constexpr,
+    PRECISION: tl.constexpr,
+):
+    """Fold keys first_key .. first_key + TILE_KEYS into (acc, row_max, row_sum)."""
+    keys = first_key + tl.arange(0, TILE_KEYS)
+    dims = tl.arange(0, PADDED_DIM)
+    if MASKED:
+        cached = keys < num_keys
+        blocks = tl.load(table + keys // BLOCK_SIZE, mask=cached, other=0)
+    else:
+        blocks = tl.load(table + keys // BLOCK_SIZE)
+    slots = blocks.to(tl.int64) * BLOCK_SIZE + keys % BLOCK_SIZE
+    rows = slots * (2 * NUM_KV_HEADS) + kv_head
+    k_pointers = kv_cache + rows[:, None] * HEAD_DIM + dims[None, :]
+    v_pointers = k_pointers + NUM_KV_HEADS * HEAD_DIM
+    # A key outside the cache gets probability 0, and 0 times a stray infinity would be NaN: V is loaded as 0.
+    if PADDED_DIM != HEAD_DIM:
+        inside = (dims < HEAD_DIM)[None, :]
+        k = tl.load(k_pointers, mask=inside, other=0.0)
+        if MASKED:
+            v = tl.load(v_pointers, mask=inside & cached[:, None], other=0.0)
+        else:
+            v = tl.load(v_pointers, mask=inside, other=0.0)
+    else:
+        k = tl.load(k_pointers)
+        if MASKED:
+            v = tl.load(v_pointers, mask=cached[:, None], other=0.0)
+        else:
+            v = tl.load(v_pointers)
+
+    scores = tl.dot(q, tl.trans(k.to(q.dtype)), input_precision=PRECISION) * score_factor
+    if SCALED:
+        scores *= tl.load(kv_scales + rows)[None, :]
+    if HAS_CAP:
+        scores = score_cap * (1.0 - 2.0 / (tl.exp2(scores) + 1.0))
+    if MASKED:
+        visible = keys[None, :] < upper[:, None]
+        if HAS_LOWER:
+            visible = visible & (keys[None, :] >= lower[:, None])
+        scores = tl.where(visible, scores, float("-inf"))
+    new_max = tl.maximum(row_max, tl.max(scores, 1))
+    probs = tl.exp2(scores - new_max[:, None])
+    decay = tl.exp2(row_max - new_max)
+    row_sum = row_sum * decay + tl.sum(probs, 1)
+    if SCALED:
+        probs *= tl.load(kv_scales + rows + NUM_KV_HEADS)[None, :]
+    acc = tl.dot(probs.to(q.dtype), v.to(q.dtype), acc * decay[:, None], input_precision=PRECISION)
+    return acc, new_max, row_sum

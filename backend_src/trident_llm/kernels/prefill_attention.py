@@ -1,0 +1,199 @@
+"""Paged attention for chunks of several tokens: one program per tile of query rows and KV head.
+
+The query heads that share a KV head are packed into the rows of a tile, so K and V are read once for all of them.
+Sequences of any lengths lie in one launch; no length is needed on the host.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+import torch
+import triton
+import triton.language as tl
+from torch import Tensor
+from triton.language.extra.cuda import gdc_launch_dependents, gdc_wait
+
+from .attention_tile import attend_tile, dot_precision, score_scale
+from .checks import FLOAT_DTYPES, check_dtype, check_kv_cache, check_last_contiguous, check_shape
+
+
+@dataclass(frozen=True)
+class PrefillConfig:
+    """How the work is cut. ``tile_rows`` counts query rows: tokens times query heads per KV head."""
+
+    tile_rows: int
+    tile_keys: int
+    num_warps: int
+    num_stages: int
+
+
+def default_config(dtype: torch.dtype, head_dim: int, group: int) -> PrefillConfig:
+    """The fastest measured on Hopper that fits its shared memory."""
+    if dtype == torch.float32:
+        config = PrefillConfig(64, 32, 4, 1)
+    elif head_dim > 128:
+        config = PrefillConfig(128, 64, 8, 2)
+    else:
+        config = PrefillConfig(128, 128, 8, 2)
+    if group > config.tile_rows:
+        raise ValueError(f"{group} query heads share a KV head; at most {config.tile_rows} can")
+    return config
+
+
+@triton.jit
+def _prefill_attention_kernel(
+    q,  # [T, Hq, HEAD_DIM]
+    kv_cache,  # [num_blocks, BLOCK_SIZE, 2, NUM_KV_HEADS, HEAD_DIM]
+    kv_scales,  # [num_blocks, BLOCK_SIZE, 2, NUM_KV_HEADS] float32; unused unless SCALED
+    block_tables,  # [num_seqs, max_blocks] int32
+    cu_seqlens_q,  # [num_seqs + 1] int32: rows on the token axis of q and out
+    context_lens,  # [num_seqs] int32
+    out,  # [T, Hq, HEAD_DIM]
+    num_seqs,
+    score_factor,
+    score_cap,
+    window,
+    stride_q_token,
+    stride_table,
+    stride_out_token,
+    NUM_KV_HEADS: tl.constexpr,
+    GROUP: tl.constexpr,
+    HEAD_DIM: tl.constexpr,
+    PADDED_DIM: tl.constexpr,
+    BLOCK_SIZE: tl.constexpr,
+    TILE_ROWS: tl.constexpr,
+    TILE_KEYS: tl.constexpr,
+    HAS_WINDOW: tl.constexpr,
+    HAS_CAP: tl.constexpr,
+    SCALED: tl.constexpr,
+    PRECISION: tl.constexpr,
+    PDL: tl.constexpr,
+):
+    if PDL:
+        gdc_launch_dependents()
+        gdc_wait()
+    TILE_TOKENS: tl.constexpr = TILE_ROWS // GROUP
+    kv_head = tl.program_id(0)
+    # Later tiles see more keys: starting with them leaves short work for the end.
+    tile = tl.num_programs(1) - 1 - tl.program_id(1)
+
+    # Sequence i owns tiles from (start_i - start_0) // TILE_TOKENS + i on: see the launcher.
+    origin = tl.load(cu_seqlens_q)
+    seq = 0
+    end = num_seqs
+    while end - seq > 1:
+        middle = (seq + end) // 2
+        if (tl.load(cu_seqlens_q + middle) - origin) // TILE_TOKENS + middle <= tile:
+            seq = middle
+        else:
+            end = middle
+    start = tl.load(cu_seqlens_q + seq)
+    num_tokens = tl.load(cu_seqlens_q + seq + 1) - start
+    first_token = (tile - (start - origin) // TILE_TOKENS - seq) * TILE_TOKENS
+    if first_token < num_tokens:
+        context = tl.load(context_lens + seq)
+        first_position = context - num_tokens + first_token
+        last_position = min(first_position + TILE_TOKENS, context) - 1
+
+        rows = tl.arange(0, TILE_ROWS)
+        dims = tl.arange(0, PADDED_DIM)
+        token = first_token + rows // GROUP
+        valid = (rows < TILE_TOKENS * GROUP) & (token < num_tokens)
+        head = kv_head * GROUP + rows % GROUP
+        token_row = (start + token).to(tl.int64)
+        inside = valid[:, None] & (dims < HEAD_DIM)[None, :]
+        q_tile = tl.load(
+            q + (token_row * stride_q_token + head * HEAD_DIM)[:, None] + dims[None, :], mask=inside, other=0.0
+        )
+
+        upper = context - num_tokens + token + 1
+        lower = upper - window
+        acc = tl.zeros([TILE_ROWS, PADDED_DIM], tl.float32)
+        row_max = tl.full([TILE_ROWS], -1e30, tl.float32)
+        row_sum = tl.zeros([TILE_ROWS], tl.float32)
+        table = block_tables + seq.to(tl.int64) * stride_table
+
+        # Keys [begin, end_key) in three parts: cut by the window, seen by every row, cut by causality.
+        end_key = last_position + 1
+        begin = 0
+        if HAS_WINDOW:
+            begin = max(first_position + 1 - window, 0) // TILE_KEYS * TILE_KEYS
+        full_end = max((first_position + 1) // TILE_KEYS * TILE_KEYS, begin)
+        full_begin = begin
+        if HAS_WINDOW:
+            full_begin = min(tl.cdiv(max(last_position + 1 - window, 0), TILE_KEYS) * TILE_KEYS, full_end)
+            for key in range(begin, full_begin, TILE_KEYS):
+                acc, row_max, row_sum = attend_tile(
+                    acc, row_max, row_sum, q_tile, key, lower, upper, context, kv_cache, kv_scales, table, kv_head,
+                    score_factor, score_cap, NUM_KV_HEADS, HEAD_DIM, PADDED_DIM, BLOCK_SIZE, TILE_KEYS,
+                    True, True, HAS_CAP, SCALED, PRECISION,
+                )  # fmt: skip
+        for key in range(full_begin, full_end, TILE_KEYS):
+            acc, row_max, row_sum = attend_tile(
+                acc, row_max, row_sum, q_tile, key, lower, upper, context, kv_cache, kv_scales, table, kv_head,
+                score_factor, score_cap, NUM_KV_HEADS, HEAD_DIM, PADDED_DIM, BLOCK_SIZE, TILE_KEYS,
+                False, False, HAS_CAP, SCALED, PRECISION,
+            )  # fmt: skip
+        for key in range(full_end, end_key, TILE_KEYS):
+            acc, row_max, row_sum = attend_tile(
+                acc, row_max, row_sum, q_tile, key, lower, upper, context, kv_cache, kv_scales, table, kv_head,
+                score_factor, score_cap, NUM_KV_HEADS, HEAD_DIM, PADDED_DIM, BLOCK_SIZE, TILE_KEYS,
+                True, HAS_WINDOW, HAS_CAP, SCALED, PRECISION,
+            )  # fmt: skip
+
+        result = acc / row_sum[:, None]
+        tl.store(
+            out + (token_row * stride_out_token + head * HEAD_DIM)[:, None] + dims[None, :],
+            result.to(out.dtype.element_ty),
+            mask=inside,
+        )
+
+
+_prefill_attention_kernel.do_not_specialize = ["num_seqs"]
+
+
+def prefill_attention(
+    q: Tensor,
+    kv_cache: Tensor,
+    block_tables: Tensor,
+    cu_seqlens_q: Tensor,
+    context_lens: Tensor,
+    out: Tensor,
+    *,
+    num_tokens: int,
+    scale: float,
+    soft_cap: float | None = None,
+    sliding_window: int | None = None,
+    kv_scales: Tensor | None = None,
+    config: PrefillConfig | None = None,
+    pdl: bool = False,
+) -> None:
+    """Causal attention of rows cu_seqlens_q[0] .. cu_seqlens_q[S] of q [T, Hq, D] into the same rows of out.
+
+    kv_cache [num_blocks, block_size, 2, Hkv, D] of q's dtype, or float8 e4m3 with kv_scales [num_blocks, block_size,
+    2, Hkv] float32. block_tables [S, max_blocks] int32, cu_seqlens_q [S + 1] int32, context_lens [S] int32. num_tokens:
+    at least cu_seqlens_q[S] - cu_seqlens_q[0]; with S it fixes the grid.
+    """
+    num_seqs = block_tables.shape[0]
+    block_size, _, num_kv_heads, head_dim = kv_cache.shape[1:]
+    check_dtype("q", q, FLOAT_DTYPES)
+    check_kv_cache(kv_cache, kv_scales)
+    check_last_contiguous("q", q, 2)
+    check_shape("out", out, tuple(q.shape))
+    check_last_contiguous("out", out, 2)
+    group = q.shape[1] // num_kv_heads
+    config = config or default_config(q.dtype, head_dim, group)
+    constants = score_scale(scale, soft_cap)
+    # Sequence i needs ceil(n_i / tile) tiles and is given floor(end_i / tile) - floor(start_i / tile) + 1, never fewer.
+    num_tiles = num_tokens // (config.tile_rows // group) + num_seqs
+    _prefill_attention_kernel[(num_kv_heads, num_tiles)](
+        q, kv_cache, kv_scales, block_tables, cu_seqlens_q, context_lens, out, num_seqs,
+        constants.factor, constants.cap, sliding_window or 0,
+        q.stride(0), block_tables.stride(0), out.stride(0),
+        NUM_KV_HEADS=num_kv_heads, GROUP=group, HEAD_DIM=head_dim, PADDED_DIM=triton.next_power_of_2(head_dim),
+        BLOCK_SIZE=block_size, TILE_ROWS=config.tile_rows, TILE_KEYS=config.tile_keys,
+        HAS_WINDOW=sliding_window is not None, HAS_CAP=soft_cap is not None, SCALED=kv_scales is not None,
+        PRECISION=dot_precision(q.dtype), PDL=pdl,
+        num_warps=config.num_warps, num_stages=config.num_stages, **({"launch_pdl": True} if pdl else {}),
+    )  # fmt: skip

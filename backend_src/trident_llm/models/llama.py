@@ -1,0 +1,163 @@
+"""The Llama family of decoders: Llama, Mistral, Qwen2, Qwen3 and what shares their shape (SmolLM).
+
+Knows tensors and the paged cache; neither files, nor sampling, nor scheduling.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterable, Iterator
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+
+from ..engine.batch import ModelInput
+from ..engine.kv_cache import KVCache
+from ..kernels import kernels_for
+from .layers import Linear, WeightTarget, load_targets
+from .model_config import ModelConfig
+from .rotary import RotaryEmbedding, RotaryRows
+
+
+class DecoderLayer:
+    """The weights of one layer."""
+
+    input_norm: Tensor
+    post_attention_norm: Tensor
+    q_norm: Tensor | None = None
+    k_norm: Tensor | None = None
+
+    def __init__(self, new_linear: Callable[[], Linear]) -> None:
+        self.qkv = new_linear()
+        self.o = new_linear()
+        self.gate_up = new_linear()
+        self.down = new_linear()
+
+
+@dataclass(frozen=True)
+class _Step:
+    """What all layers of a step share."""
+
+    rotary: RotaryRows
+    plan: Any
+
+
+class LlamaDecoder:
+    """Token ids and a paged KV cache in, logits out.
+
+    Raises ``BadRequest`` when the model's rotary embedding is not supported. Weights come with ``load_weights``.
+    """
+
+    embedding: Tensor
+    final_norm: Tensor
+
+    def __init__(
+        self, config: ModelConfig, *, dtype: torch.dtype, device: torch.device, max_model_len: int
+    ) -> None:
+        self.config = config
+        self.dtype = dtype
+        self.device = device
+        self.num_bytes = 0
+        """Bytes of the loaded weights, each parameter once."""
+        self._kernels = kernels_for(device)
+        self._rotary = RotaryEmbedding(config, max_model_len=max_model_len, dtype=dtype, device=device)
+        self._scale = config.head_dim**-0.5
+        self.layers = [DecoderLayer(self._new_linear) for _ in range(config.num_hidden_layers)]
+        self.head = self._new_linear()
+
+    @torch.inference_mode()
+    def forward(self, model_input: ModelInput, kv_cache: KVCache) -> Tensor:
+        """Compute a step's tokens, write their K and V to the cache; logits [R, vocab] float32 of ``logits_rows``."""
+        hidden = self.hidden_states(model_input, kv_cache)
+        return self.head(hidden.index_select(0, model_input.logits_rows)).float()
+
+    def hidden_states(self, model_input: ModelInput, kv_cache: KVCache) -> Tensor:
+        """What the head reads: the last layer's output after the final norm, [T, hidden]."""
+        kernels, eps = self._kernels, self.config.rms_norm_eps
+        step = _Step(
+            rotary=self._rotary.rows(model_input.positions),
+            plan=kernels.plan_attention(
+                model_input.attention, dtype=self.dtype, sliding_window=self.config.sliding_window
+            ),
+        )
+        residual = F.embedding(model_input.token_ids, self.embedding)
+        x = kernels.rms_norm(residual, self.layers[0].input_norm, eps)
+        next_norms = [layer.input_norm for layer in self.layers[1:]] + [self.final_norm]
+        for layer, layer_cache, next_norm in zip(self.layers, kv_cache.layers, next_norms, strict=True):
+            attended = self._attention(layer, x, layer_cache, step)
+            x = kernels.fused_add_rms_norm(attended, residual, layer.post_attention_norm, eps)
+            x = layer.down(kernels.silu_and_mul(layer.gate_up(x)))
+            x = kernels.fused_add_rms_norm(x, residual, next_norm, eps)
+        return x
+
+    def _attention(self, layer: DecoderLayer, x: Tensor, layer_cache: Tensor, step: _Step) -> Tensor:
+        """x [T, hidden] -> [T, hidden]."""
+        config, kernels = self.config, self._kernels
+        num_heads, num_kv_heads = config.num_attention_heads, config.num_key_value_heads
+        qkv = layer.qkv(x).view(-1, num_heads + 2 * num_kv_heads, config.head_dim)
+        if layer.q_norm is not None and layer.k_norm is not None:
+            q, k, _ = qkv.split((num_heads, num_kv_heads, num_kv_heads), 1)
+            q.copy_(kernels.rms_norm(q, layer.q_norm, config.rms_norm_eps))
+            k.copy_(kernels.rms_norm(k, layer.k_norm, config.rms_norm_eps))
+        kernels.rotary_embed_and_store_kv(qkv, step.rotary.cos, step.rotary.sin, layer_cache, step.plan)
+        return layer.o(kernels.paged_attention(qkv[:, :num_heads], layer_cache, step.plan, self._scale))
+
+    @torch.inference_mode()
+    def load_weights(self, weights: Iterable[tuple[str, Tensor]]) -> None:
+        """Take every parameter once, in any order, named as Hugging Face names it (no lm_head.weight when tied).
+
+        q, k and v become one matrix, and so do gate and up. Raises ``LoadFailed`` for a tensor that is missing,
+        unknown or misshapen.
+        """
+        self.num_bytes = load_targets(self._weight_targets(), weights, dtype=self.dtype, device=self.device)
+
+    def _weight_targets(self) -> Iterator[WeightTarget]:
+        config = self.config
+        vocabulary = (config.vocab_size, config.hidden_size)
+        yield WeightTarget({"model.embed_tokens.weight": vocabulary}, self._set_embedding)
+        yield WeightTarget({"model.norm.weight": (config.hidden_size,)}, _setter(self, "final_norm"))
+        if not config.tie_word_embeddings:
+            yield WeightTarget({"lm_head.weight": vocabulary}, self.head.set_weight)
+        for index, layer in enumerate(self.layers):
+            yield from _layer_targets(config, layer, f"model.layers.{index}.")
+
+    def _set_embedding(self, embedding: Tensor) -> None:
+        self.embedding = embedding
+        if self.config.tie_word_embeddings:
+            # Shared, unless the device's linear kernel packs weights: rows cannot be looked up in a packed matrix.
+            self.head.set_weight(embedding)
+
+    def _new_linear(self) -> Linear:
+        return Linear(self._kernels)
+
+
+def _layer_targets(config: ModelConfig, layer: DecoderLayer, prefix: str) -> Iterator[WeightTarget]:
+    hidden, inner = config.hidden_size, config.intermediate_size
+    q_size, kv_size = config.num_attention_heads * config.head_dim, config.num_key_value_heads * config.head_dim
+    attention, mlp = prefix + "self_attn.", prefix + "mlp."
+    qkv = {"q_proj": q_size, "k_proj": kv_size, "v_proj": kv_size}
+    yield from _linear_targets(layer.qkv, attention, qkv, hidden, bias=config.attention_bias)
+    yield from _linear_targets(layer.o, attention, {"o_proj": hidden}, q_size, bias=config.attention_output_bias)
+    yield from _linear_targets(layer.gate_up, mlp, {"gate_proj": inner, "up_proj": inner}, hidden, bias=config.mlp_bias)
+    yield from _linear_targets(layer.down, mlp, {"down_proj": hidden}, inner, bias=config.mlp_bias)
+    yield WeightTarget({prefix + "input_layernorm.weight": (hidden,)}, _setter(layer, "input_norm"))
+    yield WeightTarget({prefix + "post_attention_layernorm.weight": (hidden,)}, _setter(layer, "post_attention_norm"))
+    if config.qk_norm:
+        yield WeightTarget({attention + "q_norm.weight": (config.head_dim,)}, _setter(layer, "q_norm"))
+        yield WeightTarget({attention + "k_norm.weight": (config.head_dim,)}, _setter(layer, "k_norm"))
+
+
+def _linear_targets(
+    linear: Linear, prefix: str, out_features: dict[str, int], in_features: int, *, bias: bool
+) -> Iterator[WeightTarget]:
+    """The weight, and the bias if there is one, of projections merged in the order of ``out_features``."""
+    weights = {f"{prefix}{name}.weight": (size, in_features) for name, size in out_features.items()}
+    yield WeightTarget(weights, linear.set_weight)
+    if bias:
+        yield WeightTarget({f"{prefix}{name}.bias": (size,) for name, size in out_features.items()}, linear.set_bias)
+
+
+def _setter(owner: object, attribute: str) -> Callable[[Tensor], None]:
+    return lambda tensor: setattr(owner, attribute, tensor)

@@ -1,0 +1,160 @@
+"""The messages between a door (text side) and the engine (token side): the only types both share.
+
+They travel as msgpack over a private Unix socket. A request is named by a door-unique string; each of its ``n``
+samples is one sequence in the engine, named by (request_id, sample_index).
+"""
+
+from __future__ import annotations
+
+from typing import Any, Literal
+
+import msgspec
+
+FinishReason = Literal["stop", "length", "cancelled", "error"]
+
+
+class SamplingParams(msgspec.Struct, frozen=True, kw_only=True):
+    """How to choose tokens. Complete and validated: the engine trusts it.
+
+    ``seed`` is always set (the door draws one when the client gives none): randomness is a function of
+    (seed, sample_index, position) alone, so a sequence that is moved or restarted continues unchanged.
+    """
+
+    seed: int
+    max_tokens: int
+    min_tokens: int = 0
+    temperature: float = 1.0
+    top_p: float = 1.0
+    top_k: int = 0
+    """0 means all of the vocabulary."""
+    min_p: float = 0.0
+    presence_penalty: float = 0.0
+    frequency_penalty: float = 0.0
+    repetition_penalty: float = 1.0
+    logit_bias: dict[int, float] = {}
+    stop_token_ids: tuple[int, ...] = ()
+    """Besides the model's end-of-sequence tokens."""
+    ignore_eos: bool = False
+    logprobs: int | None = None
+    """None: not computed. k >= 0: the chosen token's log-probability and those of the k most likely."""
+
+
+class SampleStart(msgspec.Struct, frozen=True, kw_only=True):
+    """Where a sample begins: empty for a fresh one, the tokens generated so far for a resubmitted one."""
+
+    index: int
+    output_ids: list[int] = []
+
+
+class Submit(msgspec.Struct, frozen=True, kw_only=True, tag="submit"):
+    """A request: ``prompt_ids`` (at least one id) and its samples, all with the same parameters."""
+
+    request_id: str
+    prompt_ids: list[int]
+    params: SamplingParams
+    samples: list[SampleStart] = msgspec.field(default_factory=lambda: [SampleStart(index=0)])
+    priority: int = 0
+    """Lower runs first and is preempted last."""
+    cache_salt: str = ""
+    """Prefix-cache blocks are shared only between requests with equal salts."""
+    adapter: str = ""
+
+
+class Abort(msgspec.Struct, frozen=True, kw_only=True, tag="abort"):
+    """Stop a request (``sample_index`` None) or one sample. Unknown names are ignored."""
+
+    request_id: str
+    sample_index: int | None = None
+
+
+class Command(msgspec.Struct, frozen=True, kw_only=True, tag="command"):
+    """An administrative call: ``stats``, ``config`` or ``health``."""
+
+    command_id: int
+    command: str
+    arguments: dict[str, Any] = {}
+
+
+class Hello(msgspec.Struct, frozen=True, kw_only=True, tag="hello"):
+    """A door's first message on a connection; the engine answers with ``Welcome``."""
+
+    door: str
+
+
+class Shutdown(msgspec.Struct, frozen=True, kw_only=True, tag="shutdown"):
+    """Abort everything and end the engine process."""
+
+
+ToEngine = Hello | Submit | Abort | Command | Shutdown
+
+
+class TopLogprob(msgspec.Struct, frozen=True, array_like=True):
+    token_id: int
+    logprob: float
+
+
+class TokenLogprobs(msgspec.Struct, frozen=True, array_like=True):
+    """Natural-log probabilities at one position, of the model's own distribution (before temperature,
+    penalties and bias). ``rank`` is 1 for the most likely token."""
+
+    token_id: int
+    logprob: float
+    rank: int
+    top: list[TopLogprob]
+
+
+class Delta(msgspec.Struct, kw_only=True):
+    """New tokens of one sequence. ``offset`` counts the output tokens before this delta."""
+
+    request_id: str
+    sample_index: int
+    offset: int
+    token_ids: list[int]
+    logprobs: list[TokenLogprobs] | None = None
+    finish_reason: FinishReason | None = None
+    stopped_by_token: bool = False
+    """The last token is an end-of-sequence or stop token: counted as output, not part of the text."""
+    error: str = ""
+    """With finish_reason "error": the text, starting with its code."""
+    num_cached_tokens: int = 0
+    """Prompt tokens that came from the prefix cache."""
+
+
+class StepDeltas(msgspec.Struct, frozen=True, kw_only=True, tag="deltas"):
+    """All new tokens for one door. ``epoch`` changes when the engine is restarted."""
+
+    epoch: str
+    deltas: list[Delta]
+
+
+class Limits(msgspec.Struct, frozen=True, kw_only=True):
+    """Hard caps on request options; each is a setting of the same name."""
+
+    max_n: int
+    max_stop_strings: int
+    max_logprobs: int
+    max_prompt_bytes: int
+
+
+class Welcome(msgspec.Struct, frozen=True, kw_only=True, tag="welcome"):
+    """What a door must know of the engine and its model."""
+
+    epoch: str
+    model: str
+    tokenizer_folder: str
+    """Local folder with tokenizer.json and tokenizer_config.json (chat template, special tokens)."""
+    max_model_len: int
+    vocab_size: int
+    eos_token_ids: list[int]
+    max_num_seqs: int
+    max_queue_size: int
+    limits: Limits
+
+
+class CommandReply(msgspec.Struct, frozen=True, kw_only=True, tag="reply"):
+    command_id: int
+    result: dict[str, Any] = {}
+    error: str = ""
+
+
+ToDoor = Welcome | StepDeltas | CommandReply

@@ -1,0 +1,102 @@
+"""The classes that the model repository's model.py files hand to the Triton server: doors to one engine."""
+
+from __future__ import annotations
+
+import json
+import logging
+import os
+from typing import Any
+
+import triton_python_backend_utils as pb_utils
+
+from ..config import EngineConfig
+from ..errors import BadRequest, TridentError
+from ..options import LLM_DEFAULTS, VLLM_DEFAULTS
+from ..run_directory import Launch, RunDirectory
+from .admin import AdminDoor
+from .engine_client import EngineClient
+from .iterative import IterativeDoor
+from .metrics import MetricsPublisher
+from .model_config import (
+    ENGINE_PARAMETER,
+    check_capacity,
+    complete_admin_config,
+    complete_generation_config,
+    engine_launch,
+    is_iterative,
+    parameters_of,
+)
+from .request import RequestReader
+from .streaming import StreamingDoor
+
+
+class _Door:
+    """What all doors share: the connection to the engine, metrics, and an orderly end."""
+
+    def initialize(self, args: dict[str, str]) -> None:
+        """Connect to the engine, or start it, and wait until it is ready. Its error becomes the model's."""
+        logging.basicConfig(format=f"{args['model_instance_name']} %(levelname)s: %(message)s", level=logging.INFO)
+        model_config = json.loads(args["model_config"])
+        parameters = parameters_of(model_config)
+        engine_name = parameters.get(ENGINE_PARAMETER) or args["model_name"]
+        try:
+            # The server is the parent of every process that runs a Python model.
+            owner_pid = os.getppid()
+            run_directory = RunDirectory.of(owner_pid, engine_name)
+            launch = None if ENGINE_PARAMETER in parameters else self.launch(model_config, parameters)
+            self._client = EngineClient(
+                run_directory, launch=launch, owner_pid=owner_pid, log=pb_utils.Logger.log_info
+            )
+            self._client.start()
+            self._door = self.open_door(model_config, run_directory)
+        except TridentError as error:
+            raise pb_utils.TritonModelException(str(error)) from None
+        self._metrics = MetricsPublisher(self._client, engine_name)
+
+    def launch(self, model_config: dict[str, Any], parameters: dict[str, str]) -> Launch:
+        """How to start the engine that this model owns. Raises ``BadRequest`` naming a wrong setting."""
+        check_capacity(model_config, EngineConfig.from_parameters(parameters))
+        return engine_launch(parameters)
+
+    def open_door(self, model_config: dict[str, Any], run_directory: RunDirectory) -> Any:
+        raise NotImplementedError
+
+    def execute(self, requests: list[Any]) -> list[Any] | None:
+        return self._door.execute(requests)
+
+    def is_ready(self) -> bool:
+        """Asked by servers from 26.03 on."""
+        return self._client.ready
+
+    def finalize(self) -> None:
+        self._door.close()
+        self._metrics.close()
+        self._client.close()
+
+
+class TridentPythonModel(_Door):
+    """A generation door; the presence of ``sequence_batching`` decides how it delivers."""
+
+    @staticmethod
+    def auto_complete_config(auto_complete_model_config: Any) -> Any:
+        return complete_generation_config(auto_complete_model_config)
+
+    def open_door(self, model_config: dict[str, Any], run_directory: RunDirectory) -> IterativeDoor | StreamingDoor:
+        iterative = is_iterative(model_config)
+        assert self._client.welcome is not None
+        reader = RequestReader(self._client.welcome, LLM_DEFAULTS if iterative else VLLM_DEFAULTS)
+        return IterativeDoor(self._client, reader) if iterative else StreamingDoor(self._client, reader)
+
+
+class TridentAdminModel(_Door):
+    """The admin door."""
+
+    @staticmethod
+    def auto_complete_config(auto_complete_model_config: Any) -> Any:
+        return complete_admin_config(auto_complete_model_config)
+
+    def launch(self, model_config: dict[str, Any], parameters: dict[str, str]) -> Launch:
+        raise BadRequest(f"{ENGINE_PARAMETER}: missing; give the name of the model that owns the engine")
+
+    def open_door(self, model_config: dict[str, Any], run_directory: RunDirectory) -> AdminDoor:
+        return AdminDoor(self._client, run_directory)

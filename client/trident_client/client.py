@@ -1,0 +1,164 @@
+"""TridentClient: generation and administration over one gRPC channel, for any number of threads."""
+
+from __future__ import annotations
+
+import time
+from collections.abc import Generator, Sequence
+from contextlib import closing
+from typing import Any, Literal, overload
+
+import grpc
+from tritonclient.grpc import service_pb2, service_pb2_grpc
+
+from .deadline import Deadline
+from .errors import NotFound, Overloaded, TridentError, from_rpc
+from .results import Chunk, Completion
+from .retry import RetryPolicy
+from .wire import (
+    CHANNEL_OPTIONS,
+    AnswerDecoder,
+    Message,
+    OptionValue,
+    admin_request,
+    admin_result,
+    check_url,
+    generate_request,
+)
+
+
+class TridentClient:
+    """A connection to one server. Safe for threads: each generation is a gRPC stream of its own on a shared channel.
+
+    ``url`` is host:port of the server's gRPC endpoint, ``model`` the generation door, ``credentials`` turns TLS on.
+    Errors are those of ``trident_client.errors``. Close the client, or use it in a ``with`` statement.
+    """
+
+    def __init__(
+        self,
+        url: str = "localhost:8001",
+        model: str = "llm",
+        *,
+        admin_model: str = "llm_admin",
+        retry: RetryPolicy | None = None,
+        credentials: grpc.ChannelCredentials | None = None,
+    ) -> None:
+        self.url = check_url(url)
+        self.model = model
+        self.admin_model = admin_model
+        self.retry = retry or RetryPolicy()
+        self._channel = (
+            grpc.secure_channel(url, credentials, options=CHANNEL_OPTIONS)
+            if credentials is not None
+            else grpc.insecure_channel(url, options=CHANNEL_OPTIONS)
+        )
+        self._stub = service_pb2_grpc.GRPCInferenceServiceStub(self._channel)
+
+    @overload
+    def generate(
+        self,
+        prompt: str | Sequence[Message],
+        *,
+        stream: Literal[True] = True,
+        timeout: float | None = None,
+        **options: OptionValue,
+    ) -> Generator[Chunk, None, None]: ...
+
+    @overload
+    def generate(
+        self,
+        prompt: str | Sequence[Message],
+        *,
+        stream: Literal[False],
+        timeout: float | None = None,
+        **options: OptionValue,
+    ) -> Completion: ...
+
+    def generate(
+        self,
+        prompt: str | Sequence[Message],
+        *,
+        stream: bool = True,
+        timeout: float | None = None,
+        **options: OptionValue,
+    ) -> Generator[Chunk, None, None] | Completion:
+        """Continue a prompt, or answer a list of chat messages.
+
+        With ``stream`` a generator of chunks: closing it, an exception at its consumer or Ctrl-C cancels the request
+        on the server. Otherwise the whole answer. ``timeout`` is in seconds, for everything including retries;
+        ``options`` are the server's request options (``max_tokens``, ``temperature``, ``stop``, ...).
+        The request is sent when the first chunk is asked for.
+        """
+        request = generate_request(self.model, prompt, stream, options)
+        chunks = self._chunks(request, Deadline.after(timeout))
+        return chunks if stream else Completion.from_chunks(chunks)
+
+    def admin(self, command: str, *, timeout: float | None = None, **arguments: Any) -> dict[str, Any]:
+        """Run a command of the admin door and return its result. Never retried: commands may change things."""
+        request = admin_request(self.admin_model, command, arguments)
+        try:
+            return admin_result(self._stub.ModelInfer(request, timeout=Deadline.after(timeout).remaining()))
+        except grpc.RpcError as error:
+            raise from_rpc(error, self.url) from None
+
+    def stats(self) -> dict[str, Any]:
+        """Counters and gauges of the engine."""
+        return self.admin("stats")
+
+    def health(self) -> dict[str, Any]:
+        """The state of the engine, whatever the Triton server thinks of its models."""
+        return self.admin("health")
+
+    def is_ready(self, timeout: float = 5.0) -> bool:
+        """Whether a request would be taken now: the server, the model and, with an admin door, the engine.
+
+        False, too, when the server cannot be reached or does not say within ``timeout`` seconds.
+        """
+        deadline = Deadline.after(timeout)
+        request = service_pb2.ModelReadyRequest(name=self.model)
+        try:
+            response = self._stub.ModelReady(request, timeout=deadline.remaining())
+            return bool(response.ready and self.admin("health", timeout=deadline.remaining()).get("ready", False))
+        except grpc.RpcError:
+            return False
+        except NotFound:
+            return True  # a server without the admin door
+        except TridentError:
+            return False
+
+    def close(self) -> None:
+        """Cancel what runs and close the channel."""
+        self._channel.close()
+
+    def __enter__(self) -> TridentClient:
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        self.close()
+
+    def _chunks(self, request: service_pb2.ModelInferRequest, deadline: Deadline) -> Generator[Chunk, None, None]:
+        attempt = 0
+        while True:
+            started = False
+            try:
+                with closing(self._attempt(request, deadline)) as chunks:
+                    for chunk in chunks:
+                        started = True
+                        yield chunk
+                return
+            except Overloaded as error:
+                if started:
+                    raise
+                time.sleep(deadline.cut(self.retry.delay(attempt, error)))
+            attempt += 1
+
+    def _attempt(self, request: service_pb2.ModelInferRequest, deadline: Deadline) -> Generator[Chunk, None, None]:
+        call = self._stub.ModelStreamInfer(iter((request,)), timeout=deadline.remaining())
+        decoder = AnswerDecoder()
+        try:
+            for response in call:
+                yield from decoder.decode(response)
+        except grpc.RpcError as error:
+            raise from_rpc(error, self.url) from None
+        finally:
+            call.cancel()
+        decoder.check_complete()

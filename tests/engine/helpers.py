@@ -1,0 +1,53 @@
+"""Builders for engine tests: sequences and a scheduler over a few blocks, and a step that needs no model."""
+
+from __future__ import annotations
+
+import itertools
+from collections.abc import Callable
+
+from trident_llm.engine.block_manager import BlockManager
+from trident_llm.engine.scheduler import Scheduler, SchedulerOutput
+from trident_llm.engine.sequence import Sequence
+from trident_llm.protocol import SamplingParams
+
+_arrivals = itertools.count()
+
+
+def make_sequence(prompt: list[int], *, name: str = "r", priority: int = 0, salt: bytes = b"", max_tokens: int = 8):
+    arrival = next(_arrivals)
+    return Sequence(
+        request_id=f"{name}{arrival}",
+        sample_index=0,
+        token_ids=list(prompt),
+        num_prompt_tokens=len(prompt),
+        params=SamplingParams(seed=0, max_tokens=max_tokens),
+        stop_ids=frozenset(),
+        priority=priority,
+        arrival=arrival,
+        salt=salt,
+    )
+
+
+def make_scheduler(
+    num_blocks: int = 8, block_size: int = 4, max_num_seqs: int = 4, max_num_batched_tokens: int = 16, caching: bool = True
+) -> Scheduler:
+    blocks = BlockManager(num_blocks, block_size, prefix_caching=caching)
+    return Scheduler(blocks, max_num_seqs=max_num_seqs, max_num_batched_tokens=max_num_batched_tokens)
+
+
+def finish_step(
+    scheduler: Scheduler, output: SchedulerOutput, token: Callable[[Sequence], int] = lambda seq: len(seq.token_ids)
+) -> list[Sequence]:
+    """Pretend the model ran: every sampled sequence gets a token; returns those that reached max_tokens."""
+    finished = []
+    for item in output.scheduled:
+        for seq in item.sampled:
+            seq.num_pending -= 1
+            seq.token_ids.append(token(seq))
+            if seq.num_output_tokens >= seq.params.max_tokens:
+                finished.append(seq)
+        scheduler.blocks.register(item.seq)
+    for seq in finished:
+        scheduler.finish(seq)
+    scheduler.check_integrity()
+    return finished

@@ -1,0 +1,97 @@
+"""The private folder of a launch, and the removal of what belongs to one."""
+
+from __future__ import annotations
+
+import contextlib
+import os
+import subprocess
+import sys
+import time
+from pathlib import Path
+
+import psutil
+
+from trident_llm.launch.run_folder import RUN_VARIABLE, SHARED_MEMORY, RunFolder, new_run_folder, remove_stale
+from trident_llm.launch.watchdog import Watchdog
+
+
+def start_member(run: RunFolder) -> subprocess.Popen[bytes]:
+    """A process as the launch's server starts them: in a session of its own."""
+    return subprocess.Popen(
+        [sys.executable, "-c", "import time; time.sleep(60)"],
+        env={**os.environ, RUN_VARIABLE: str(run.path)},
+        start_new_session=True,
+    )
+
+
+def has_ended(process: subprocess.Popen[bytes], within: float = 5.0) -> bool:
+    """Its exit code is not looked at: whoever clears a launch may collect it before the test does."""
+    with contextlib.suppress(subprocess.TimeoutExpired):
+        process.wait(timeout=within)
+    return process.returncode is not None
+
+
+def make_region(run: RunFolder) -> Path:
+    region = SHARED_MEMORY / f"{run.shared_memory_prefix}region"
+    region.write_bytes(b"0")
+    return region
+
+
+def test_the_folder_is_private_and_locked(tmp_path: Path) -> None:
+    with new_run_folder(tmp_path) as run:
+        assert run.path.parent == tmp_path and run.path.stat().st_mode & 0o777 == 0o700
+        assert remove_stale(tmp_path) == [] and run.path.exists()
+
+
+def test_clear_ends_processes_and_removes_memory_and_files(tmp_path: Path) -> None:
+    with new_run_folder(tmp_path) as run, new_run_folder(tmp_path) as other:
+        member, stranger = start_member(run), start_member(other)
+        mine, theirs = make_region(run), make_region(other)
+        run.clear()
+        assert has_ended(member) and not has_ended(stranger, within=0)
+        assert not mine.exists() and theirs.exists()
+        assert not run.path.exists() and other.path.exists()
+        other.clear()
+        assert has_ended(stranger) and not theirs.exists()
+
+
+def test_clear_lets_processes_end_by_themselves(tmp_path: Path) -> None:
+    with new_run_folder(tmp_path) as run:
+        script = f"import time; time.sleep(0.3); open({str(tmp_path / 'done')!r}, 'w')"
+        member = subprocess.Popen([sys.executable, "-c", script], env={**os.environ, RUN_VARIABLE: str(run.path)})
+        run.clear(grace=20)
+        assert has_ended(member) and (tmp_path / "done").exists()
+
+
+def test_what_a_dead_launch_left_is_removed(tmp_path: Path) -> None:
+    with new_run_folder(tmp_path) as run:
+        member, region = start_member(run), make_region(run)
+    with new_run_folder(tmp_path) as alive:
+        assert remove_stale(tmp_path) == [run]
+        assert has_ended(member)
+        assert not region.exists() and not run.path.exists() and alive.path.exists()
+
+
+def test_the_watchdog_clears_when_its_launcher_is_gone(tmp_path: Path) -> None:
+    with new_run_folder(tmp_path) as run:
+        member, region = start_member(run), make_region(run)
+        script = (
+            "import os, sys; from pathlib import Path; from trident_llm.launch.run_folder import RunFolder; "
+            "from trident_llm.launch.watchdog import Watchdog; "
+            "Watchdog(RunFolder(Path(sys.argv[1]))); os.kill(os.getpid(), 9)"
+        )
+        subprocess.run([sys.executable, "-c", script, str(run.path)], check=False)
+        assert has_ended(member, within=20)
+        deadline = time.monotonic() + 20
+        while (region.exists() or run.path.exists()) and time.monotonic() < deadline:
+            time.sleep(0.05)
+        assert not region.exists() and not run.path.exists()
+
+
+def test_a_released_watchdog_is_gone(tmp_path: Path) -> None:
+    with new_run_folder(tmp_path) as run:
+        watchdog = Watchdog(run)
+        children = psutil.Process().children()
+        watchdog.release()
+        assert run.path.exists()
+        assert not [child for child in children if child.is_running() and str(run.path) in child.cmdline()]

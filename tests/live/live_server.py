@@ -1,0 +1,120 @@
+"""A real Triton server with a private copy of the model repository, and an engine process that may be the fake one."""
+
+from __future__ import annotations
+
+import contextlib
+import os
+import shutil
+import sys
+import textwrap
+import time
+from collections.abc import Iterator
+from dataclasses import dataclass
+from pathlib import Path
+
+import psutil
+import tritonclient.grpc as grpcclient
+import tritonclient.http as httpclient
+
+from tests.fakes.byte_tokenizer import write_byte_tokenizer
+from trident_llm.launch.options import parse_options
+from trident_llm.launch.ports import Ports, choose_ports
+from trident_llm.launch.repository import copy_repository
+from trident_llm.launch.run_folder import RunFolder, new_run_folder
+from trident_llm.launch.server_home import find_server
+from trident_llm.launch.server_process import ServerProcess, server_command, server_environment
+
+ROOT = Path(__file__).resolve().parents[2]
+START_SECONDS = 90.0
+
+FAKE_ENGINE_MODEL = '''
+from trident_llm.run_directory import Launch
+from trident_llm.server.model import TridentPythonModel
+
+
+class TritonPythonModel(TridentPythonModel):
+    def launch(self, model_config, parameters):
+        launch = super().launch(model_config, parameters)
+        command = ["env", "PYTHONPATH={root}:{root}/backend_src", launch.command[0], "-m", "tests.fakes.fake_engine"]
+        return Launch(parameters=launch.parameters, command=[*command, "--step-time", "{step_time}"])
+'''
+
+
+@dataclass(frozen=True)
+class LiveServer:
+    """Addresses of a running server, and its processes."""
+
+    ports: Ports
+    run: RunFolder
+    process: ServerProcess
+
+    @property
+    def grpc_url(self) -> str:
+        return f"127.0.0.1:{self.ports.grpc}"
+
+    @property
+    def http_url(self) -> str:
+        return f"http://127.0.0.1:{self.ports.http}"
+
+    @property
+    def metrics_url(self) -> str:
+        return f"http://127.0.0.1:{self.ports.metrics}/metrics"
+
+    def grpc_client(self) -> grpcclient.InferenceServerClient:
+        return grpcclient.InferenceServerClient(self.grpc_url)
+
+    def http_client(self) -> httpclient.InferenceServerClient:
+        return httpclient.InferenceServerClient(f"127.0.0.1:{self.ports.http}")
+
+    def find_process(self, text: str) -> psutil.Process:
+        """The one process of this server whose command line contains ``text``."""
+        (found,) = [process for process in self.run.processes() if text in " ".join(process.cmdline())]
+        return found
+
+
+def fake_repository(folder: Path, step_time: float) -> Path:
+    """A copy of the model repository whose engine is the fake one. ``step_time``: seconds per token."""
+    repository = folder / "repository"
+    shutil.copytree(ROOT / "model_repository", repository)
+    code = FAKE_ENGINE_MODEL.format(root=ROOT, step_time=step_time)
+    (repository / "llm/1/model.py").write_text(textwrap.dedent(code))
+    return repository
+
+
+@contextlib.contextmanager
+def serve(*arguments: str) -> Iterator[LiveServer]:
+    """Start a server with the launcher's options, wait until it is ready, and clear everything at the end."""
+    options = parse_options(["--http-port", "0", "--grpc-port", "0", "--metrics-port", "0", *arguments])
+    ports = choose_ports(options)
+    with new_run_folder() as run:
+        process = None
+        try:
+            copy_repository(options, run.models)
+            home = find_server(os.environ, run.backends)
+            command = server_command(home, options, ports, run)
+            environment = server_environment(os.environ, home, run)
+            process = ServerProcess(command, environment, ("127.0.0.1", ports.http), run.log)
+            began = time.monotonic()
+            process.wait_until_ready(lambda: _check_time(began))
+            yield LiveServer(ports, run, process)
+        except BaseException:
+            if run.log.exists():
+                sys.stderr.write(run.log.read_text(errors="replace")[-8000:])
+            raise
+        finally:
+            if process is not None:
+                process.stop()
+            run.clear()
+
+
+@contextlib.contextmanager
+def serve_fake(folder: Path, *arguments: str, step_time: float = 0.01) -> Iterator[LiveServer]:
+    tokenizer = write_byte_tokenizer(folder / "model")
+    repository = fake_repository(folder, step_time)
+    with serve("--model-repository", str(repository), "--model", str(tokenizer), *arguments) as server:
+        yield server
+
+
+def _check_time(began: float) -> None:
+    if time.monotonic() - began > START_SECONDS:
+        raise TimeoutError(f"the server was not ready within {START_SECONDS:.0f} s")
