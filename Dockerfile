@@ -1,6 +1,6 @@
 # Trident in NVIDIA's Triton server container.
 #   docker build -t trident .
-#   docker run --gpus all --shm-size 1g -p 8000-8002:8000-8002 -e TRIDENT_ADMIN_TOKEN=... trident --model ID
+#   docker run --init --gpus all --shm-size 1g -p 8000-8002:8000-8002 -e TRIDENT_ADMIN_TOKEN=... trident --model ID
 # Arguments are those of scripts/serve. A release from 25.08 on has the security fixes that older servers lack.
 ARG TRITON_RELEASE=25.11
 FROM nvcr.io/nvidia/tritonserver:${TRITON_RELEASE}-py3

@@ -1,4 +1,4 @@
-"""The engine on a CPU beside transformers.generate, in bf16 and in one process: results to load_tests/results/cpu.jsonl.
+"""The engine on a CPU beside transformers.generate, in bf16, in one process; results to load_tests/results/cpu.jsonl.
 
     python load_tests/bench_cpu.py
 

@@ -12,6 +12,7 @@ from contextlib import closing
 from typing import Any
 
 import grpc.experimental.gevent
+from gevent import GreenletExit
 from locust import User, task
 
 from load_tests.profiles import Profile, Span
@@ -62,6 +63,13 @@ class GenerateUser(User):
                 timing = measure(chunks)
         except TridentError as error:
             self._report("request", 1000 * (time.perf_counter() - start), exception=error)
+        except GreenletExit:
+            # At the end of a run, locust kills what has not finished within the stop timeout. It may also kill a user
+            # whose pause has just ended: such a request is a moment old and says nothing about the server.
+            seconds = time.perf_counter() - start
+            if seconds > self.environment.stop_timeout / 2:
+                self._report("request", 1000 * seconds, exception=TimeoutError("not finished when the run was over"))
+            raise
         else:
             self._report_timing(timing)
 

@@ -33,3 +33,13 @@ def smollm2_oracle(smollm2_gguf: Path) -> Any:
     return AutoModelForCausalLM.from_pretrained(
         smollm2_gguf.parent, gguf_file=smollm2_gguf.name, dtype=torch.float32, local_files_only=True
     ).eval()
+
+
+@pytest.fixture(scope="session")
+def smollm2_folder(smollm2_gguf: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """SmolLM2's tokenizer, written by transformers from the GGUF file."""
+    from transformers import AutoTokenizer
+
+    folder = tmp_path_factory.mktemp("smollm2")
+    AutoTokenizer.from_pretrained(smollm2_gguf.parent, gguf_file=smollm2_gguf.name).save_pretrained(folder)
+    return folder

@@ -98,7 +98,9 @@ class EngineConfig:
     )
     top_k_adapters: int = setting(0, "adapters per token; 0: all", minimum=0, available=False)
     scaling_factor: float = setting(1.0, "factor on X-LoRA's weights", available=False)
-    freeze_after: int = setting(0, "output tokens after which X-LoRA weights stay; 0: never", minimum=0, available=False)
+    freeze_after: int = setting(
+        0, "output tokens after which X-LoRA weights stay; 0: never", minimum=0, available=False
+    )
     isq_method: str = setting(
         "none", "quantization while loading", choices=("awq", "gptq", "rtn", "smoothquant", "none"), available=False
     )
@@ -167,8 +169,9 @@ def _check(field: dataclasses.Field[Any], value: Any) -> None:
     """Raise unless ``value`` has the field's type and lies within its limits."""
     if value == field.default and type(value) is type(field.default):
         return
-    kind = {"int": int, "float": (int, float), "bool": bool, "str": str}[str(field.type).removesuffix(" | None")]
-    if not isinstance(value, kind) or (isinstance(value, bool) and kind is not bool):
+    kind = str(field.type).removesuffix(" | None")
+    types: dict[str, tuple[type, ...]] = {"int": (int,), "float": (int, float), "bool": (bool,), "str": (str,)}
+    if not isinstance(value, types[kind]) or (isinstance(value, bool) and kind != "bool"):
         raise BadRequest(f"{field.name}: {value!r} is not {_allowed(field)}")
     choices, low, high = field.metadata["choices"], field.metadata["minimum"], field.metadata["maximum"]
     out_of_range = isinstance(value, (int, float)) and (

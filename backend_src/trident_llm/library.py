@@ -8,10 +8,14 @@ from __future__ import annotations
 
 import asyncio
 import collections
+import contextlib
+import functools
 import itertools
 import queue
 import threading
 from collections.abc import AsyncIterator, Callable, Iterator
+from concurrent.futures import Future
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
@@ -24,6 +28,20 @@ from .text import Tokenizer
 
 _END = None
 """Ends the inbox."""
+
+
+@dataclass(frozen=True)
+class _Action:
+    """Something for the engine's thread to do, and where its result goes."""
+
+    function: Callable[[], Any]
+    result: Future[Any]
+
+    def run(self) -> None:
+        try:
+            self.result.set_result(self.function())
+        except (TridentError, AssertionError) as error:
+            self.result.set_exception(error)
 
 
 class OutputStream(Iterator[Output]):
@@ -67,7 +85,7 @@ class OutputStream(Iterator[Output]):
 class Engine:
     """Loads ``config.model`` and generates. Use as a context manager, or call ``close``.
 
-    Raises BadRequest, NotFound or LoadFailed when the model cannot be loaded. ``progress`` receives lines about loading.
+    Raises BadRequest, NotFound or LoadFailed when the model cannot be loaded. ``progress`` gets lines about loading.
     """
 
     def __init__(self, config: EngineConfig, *, progress: Callable[[str], None] | None = None) -> None:
@@ -75,7 +93,7 @@ class Engine:
         self._core = EngineCore(config, progress=progress)
         self._welcome = self._core.welcome(epoch="library")
         self.tokenizer = Tokenizer(Path(self._welcome.tokenizer_folder))
-        self._inbox: queue.SimpleQueue[Callable[[], None] | None] = queue.SimpleQueue()
+        self._inbox: queue.SimpleQueue[_Action | None] = queue.SimpleQueue()
         self._lock = threading.Lock()
         self._generations: dict[str, tuple[Generation, Callable[[], None]]] = {}
         self._failure: TridentError | None = None
@@ -94,7 +112,7 @@ class Engine:
     async def generate_async(self, prompt: str = "", *, stream: bool = True, **options: Any) -> AsyncIterator[Output]:
         """``generate`` for asyncio; cancelling the task cancels the request."""
         loop, wakeup = asyncio.get_running_loop(), asyncio.Event()
-        generation = self._start(prompt, options, lambda: loop.call_soon_threadsafe(wakeup.set))
+        generation = self._start(prompt, options, lambda: _wake(loop, wakeup))
         try:
             while True:
                 await wakeup.wait()
@@ -109,30 +127,16 @@ class Engine:
 
     def stats(self) -> dict[str, Any]:
         """Counters and gauges of the engine, as ``llm_admin`` gives them."""
-        answer: queue.SimpleQueue[dict[str, Any]] = queue.SimpleQueue()
-        self._post(lambda: answer.put(self._core.stats()))
-        return answer.get()
+        return self._post(self._core.stats).result()
 
     def check_integrity(self) -> None:
         """Raise AssertionError unless every KV block is accounted for."""
-        answer: queue.SimpleQueue[AssertionError | None] = queue.SimpleQueue()
-
-        def check() -> None:
-            try:
-                self._core.check_integrity()
-                answer.put(None)
-            except AssertionError as error:
-                answer.put(error)
-
-        self._post(check)
-        if (error := answer.get()) is not None:
-            raise error
+        self._post(self._core.check_integrity).result()
 
     def close(self) -> None:
         """Cancel what runs and end the engine's thread. Safe to call twice."""
         self._inbox.put(_END)
         self._thread.join()
-        self._fail(EngineFailed("the engine was closed"))
 
     def __enter__(self) -> Engine:
         return self
@@ -153,15 +157,13 @@ class Engine:
         with self._lock:
             self._generations[submit.request_id] = generation, notify
 
-        def add() -> None:
-            try:
-                self._core.add(submit)
-            except TridentError as error:
+        def refused(result: Future[Any]) -> None:
+            if isinstance(error := result.exception(), TridentError):
                 with self._lock:
                     generation.fail(error)
                 notify()
 
-        self._post(add)
+        self._post(functools.partial(self._core.add, submit)).add_done_callback(refused)
         return generation
 
     def _take(self, generation: Generation, stream: bool) -> tuple[list[Output], bool]:
@@ -181,21 +183,27 @@ class Engine:
             self._generations.pop(generation.request_id, None)
             aborts = generation.cancel()
         for abort in aborts:
-            self._inbox.put(lambda abort=abort: self._core.abort(abort.request_id, abort.sample_index))  # type: ignore[misc]
+            self._post(functools.partial(self._core.abort, abort.request_id, abort.sample_index))
 
-    def _post(self, action: Callable[[], None]) -> None:
+    def _post(self, function: Callable[[], Any]) -> Future[Any]:
         """Have the engine's thread do something between two steps."""
-        if self._failure is not None:
-            raise self._failure
-        self._inbox.put(action)
+        action = _Action(function, Future())
+        with self._lock:
+            if self._failure is None:
+                self._inbox.put(action)
+            else:
+                action.result.set_exception(self._failure)
+        return action.result
 
     def _run(self) -> None:
+        failure = EngineFailed("the engine was closed")
         try:
             while self._drain():
                 if self._core.has_work():
                     self._deliver()
         except Exception as error:
-            self._fail(EngineFailed(f"the engine broke: {type(error).__name__}: {error}"))
+            failure = EngineFailed(f"the engine broke: {type(error).__name__}: {error}")
+        self._fail(failure)
 
     def _drain(self) -> bool:
         """Do what callers asked for, waiting for it when there is nothing else to do. False at the end."""
@@ -205,9 +213,9 @@ class Engine:
                 action = self._inbox.get(block=block)
             except queue.Empty:
                 return True
-            if action is _END:
+            if action is None:
                 return False
-            action()
+            action.run()
             block = False
 
     def _deliver(self) -> None:
@@ -224,10 +232,19 @@ class Engine:
             notify()
 
     def _fail(self, error: TridentError) -> None:
-        self._failure = error
         with self._lock:
+            self._failure = error
             generations = list(self._generations.values())
             for generation, _ in generations:
                 generation.fail(error)
+        while not self._inbox.empty():
+            if (action := self._inbox.get()) is not None:
+                action.result.set_exception(error)
         for _, notify in generations:
             notify()
+
+
+def _wake(loop: asyncio.AbstractEventLoop, wakeup: asyncio.Event) -> None:
+    """Set an event of another thread's loop; a loop that has been closed needs no waking."""
+    with contextlib.suppress(RuntimeError):
+        loop.call_soon_threadsafe(wakeup.set)

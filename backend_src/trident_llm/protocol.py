@@ -38,6 +38,11 @@ class SamplingParams(msgspec.Struct, frozen=True, kw_only=True):
     logprobs: int | None = None
     """None: not computed. k >= 0: the chosen token's log-probability and those of the k most likely."""
 
+    @property
+    def has_penalties(self) -> bool:
+        """Whether the tokens so far change the logits."""
+        return self.presence_penalty != 0 or self.frequency_penalty != 0 or self.repetition_penalty != 1
+
 
 class SampleStart(msgspec.Struct, frozen=True, kw_only=True):
     """Where a sample begins: empty for a fresh one, the tokens generated so far for a resubmitted one."""

@@ -42,21 +42,21 @@ class Chat:
         """
         self.failure = None
         messages = [*self.messages, {"role": "user", "content": question}]
-        answer = ""
+        answer = ending = ""
         try:
             with closing(self._client.generate(messages, timeout=self._timeout, **self._options)) as chunks:
                 for chunk in chunks:
                     answer += chunk.text
                     print(chunk.text, end="", flush=True)
         except KeyboardInterrupt:
-            print(" [stopped]", end="")
+            ending = " [stopped]"
         except TridentError as error:
             self.failure, answer = error, ""
-        print(flush=True)
-        if self.failure is not None:
-            print(f"error: {self.failure}", file=sys.stderr, flush=True)
         if answer:
             self.messages = [*messages, {"role": "assistant", "content": answer}]
+        print(ending, flush=True)
+        if self.failure is not None:
+            print(f"error: {self.failure}", file=sys.stderr, flush=True)
 
     def run(self) -> None:
         """Read questions until /exit or the end of the input."""
@@ -66,16 +66,18 @@ class Chat:
         while True:
             try:
                 line = input("> " if interactive else "").strip()
+                if line == "/exit":
+                    return
+                self._obey(line)
             except EOFError:
                 return
             except KeyboardInterrupt:
-                print(f"\n{HELP}")
-                continue
-            if line == "/exit":
-                return
-            if line == "/reset":
-                self.reset()
-            elif line.startswith("/"):
-                print(HELP)
-            elif line:
-                self.ask(line)
+                print(f"\n{HELP}", flush=True)
+
+    def _obey(self, line: str) -> None:
+        if line == "/reset":
+            self.reset()
+        elif line.startswith("/"):
+            print(HELP)
+        elif line:
+            self.ask(line)

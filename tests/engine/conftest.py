@@ -18,14 +18,12 @@ class Smollm2:
 
 
 @pytest.fixture(scope="session")
-def smollm2(smollm2_gguf: Path) -> Smollm2:
-    import torch
-    from transformers import AutoModelForCausalLM, AutoTokenizer
+def smollm2(smollm2_gguf: Path, smollm2_oracle: Any, smollm2_folder: Path) -> Smollm2:
+    from transformers import AutoTokenizer
 
-    names = {"pretrained_model_name_or_path": str(smollm2_gguf.parent), "gguf_file": smollm2_gguf.name}
     return Smollm2(
         gguf=smollm2_gguf,
-        model=AutoModelForCausalLM.from_pretrained(**names, dtype=torch.float32).eval(),
-        tokenizer=AutoTokenizer.from_pretrained(**names),
+        model=smollm2_oracle,
+        tokenizer=AutoTokenizer.from_pretrained(smollm2_folder),
         long_text=(Path(__file__).parents[2] / "LICENSE").read_text(),
     )

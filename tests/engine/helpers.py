@@ -20,6 +20,7 @@ def make_sequence(prompt: list[int], *, name: str = "r", priority: int = 0, salt
         sample_index=0,
         token_ids=list(prompt),
         num_prompt_tokens=len(prompt),
+        max_total_tokens=len(prompt) + max_tokens,
         params=SamplingParams(seed=0, max_tokens=max_tokens),
         stop_ids=frozenset(),
         priority=priority,
@@ -29,7 +30,11 @@ def make_sequence(prompt: list[int], *, name: str = "r", priority: int = 0, salt
 
 
 def make_scheduler(
-    num_blocks: int = 8, block_size: int = 4, max_num_seqs: int = 4, max_num_batched_tokens: int = 16, caching: bool = True
+    num_blocks: int = 8,
+    block_size: int = 4,
+    max_num_seqs: int = 4,
+    max_num_batched_tokens: int = 16,
+    caching: bool = True,
 ) -> Scheduler:
     blocks = BlockManager(num_blocks, block_size, prefix_caching=caching)
     return Scheduler(blocks, max_num_seqs=max_num_seqs, max_num_batched_tokens=max_num_batched_tokens)

@@ -21,11 +21,11 @@ def model_folder(tmp_path_factory):
     return write_tiny_llama(tmp_path_factory.mktemp("tiny"))
 
 
-@pytest.fixture
-def make_core(model_folder):
+@pytest.fixture(params=[False, True], ids=["", "lookahead"])
+def make_core(model_folder, request):
     def make(**settings):
-        settings = {"dtype": "fp32", "device": "cpu", "num_threads": 1, "max_num_blocks": 64, "block_size": 8, **settings}
-        return EngineCore(EngineConfig(model=str(model_folder), **settings))
+        defaults = {"dtype": "fp32", "device": "cpu", "num_threads": 1, "max_num_blocks": 64, "block_size": 8}
+        return EngineCore(EngineConfig(model=str(model_folder), **{**defaults, **settings}), lookahead=request.param)
 
     return make
 
@@ -196,7 +196,7 @@ def test_waiting_too_long_is_an_error_for_that_request_only(make_core):
     deltas = run(core)
     assert [delta.finish_reason for delta in deltas[waits.request_id, 1]] == ["error"]
     assert deltas[waits.request_id, 0][0].error.startswith("[UNAVAILABLE] waited longer than queue_timeout (30 s)")
-    assert len(deltas[runs.request_id, 0]) == 11
+    assert deltas[runs.request_id, 0][-1].finish_reason == "length"
 
 
 def test_logprobs_equal_transformers(make_core, model_folder):

@@ -1,6 +1,6 @@
 """An engine core with no model: text is a function of the prompt, and prompts can order it to crash or to be slow.
 
-Run as a program it is a whole engine process: ``fake_engine.py [--step-time S] --run-dir DIR --owner-pid PID``.
+Run as a program it is an engine process: ``fake_engine.py [--step-time S] [--busy] --run-dir DIR --owner-pid PID``.
 """
 
 from __future__ import annotations
@@ -46,6 +46,10 @@ class FakeSequence:
     num_output: int
 
     @property
+    def is_silent(self) -> bool:
+        return b"<silent>" in bytes(token_id for token_id in self.submit.prompt_ids if token_id < 256)
+
+    @property
     def num_blocks(self) -> int:
         return -(-(len(self.submit.prompt_ids) + self.num_output) // BLOCK_SIZE)
 
@@ -54,16 +58,23 @@ class FakeEngineCore:
     """One token per sequence and step.
 
     A prompt that contains ``<crash>`` breaks its first step; ``<crash-once:FILE>`` breaks the third step unless FILE
-    exists, and makes it; a prompt that contains ``<eos:N>`` ends after N tokens.
+    exists, and makes it; a prompt that contains ``<eos:N>`` ends after N tokens, one with ``<silent>`` gets none.
     """
 
     def __init__(
-        self, config: EngineConfig, *, progress: Callable[[str], None] | None = None, step_time: float = 0.001
+        self,
+        config: EngineConfig,
+        *,
+        progress: Callable[[str], None] | None = None,
+        step_time: float = 0.001,
+        busy: bool = False,
     ) -> None:
-        if config.model.endswith("does-not-load"):
+        """``step_time``: seconds of a step; ``busy``: they are spent computing, not sleeping."""
+        if config.model.endswith("does-not-load") or config.revision == "broken":
             raise LoadFailed("the fake model does not load")
         self._config = config
         self._step_time = step_time
+        self._busy = busy
         self._running: dict[tuple[str, int], FakeSequence] = {}
         self._counters = {"prompt_tokens_total": 0, "output_tokens_total": 0, "peak_running_requests": 0, "steps": 0}
         if progress is not None:
@@ -102,10 +113,13 @@ class FakeEngineCore:
         return bool(self._running)
 
     def step(self) -> list[Delta]:
-        time.sleep(self._step_time)
+        end = time.monotonic() + self._step_time
+        while self._busy and time.monotonic() < end:
+            pass
+        time.sleep(max(0.0, end - time.monotonic()))
         self._counters["steps"] += 1
         self._counters["output_tokens_total"] += len(self._running)
-        deltas = [_advance(sequence) for sequence in self._running.values()]
+        deltas = [_advance(sequence) for sequence in self._running.values() if not sequence.is_silent]
         for delta in deltas:
             if delta.finish_reason is not None:
                 del self._running[delta.request_id, delta.sample_index]
@@ -171,8 +185,13 @@ def fake_main() -> int:
     """Entry point of the fake engine process."""
     parser = argparse.ArgumentParser()
     parser.add_argument("--step-time", type=float, default=0.001)
+    parser.add_argument("--busy", action="store_true")
     own, rest = parser.parse_known_args()
-    return main(rest, lambda config, progress: FakeEngineCore(config, progress=progress, step_time=own.step_time))
+
+    def make_core(config: EngineConfig, progress: Callable[[str], None]) -> FakeEngineCore:
+        return FakeEngineCore(config, progress=progress, step_time=own.step_time, busy=own.busy)
+
+    return main(rest, make_core)
 
 
 if __name__ == "__main__":

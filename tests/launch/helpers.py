@@ -7,8 +7,10 @@ import http.client
 import json
 import os
 import re
+import shutil
 import subprocess
 import sys
+import tempfile
 import time
 from pathlib import Path
 
@@ -23,10 +25,10 @@ END_SECONDS = 5.0
 
 
 class Launch:
-    """A launcher under test, with a run folder of its own below ``folder``."""
+    """A launcher under test, with a run folder of its own. Its output goes to ``folder``."""
 
     def __init__(self, folder: Path, command: list[str], *arguments: str) -> None:
-        self.base = folder / "run"
+        self.base = Path(tempfile.mkdtemp(prefix="trident-", dir="/tmp"))
         self._output_path = folder / "output.txt"
         with self._output_path.open("wb") as output:
             self.process = subprocess.Popen(
@@ -81,8 +83,7 @@ class Launch:
     def leftovers(self) -> list[str]:
         """Processes, shared memory and files that outlived the launcher."""
         regions = SHARED_MEMORY.glob(f"trident-{self.process.pid}-*")
-        files = self.base.glob("*") if self.base.exists() else ()
-        return [*map(str, self.members()), *map(str, regions), *map(str, files)]
+        return [*map(str, self.members()), *map(str, regions), *map(str, self.base.iterdir())]
 
     def end(self, number: int) -> float:
         """Send a signal and wait for the end; returns the seconds that took."""
@@ -92,9 +93,10 @@ class Launch:
         return time.monotonic() - started
 
     def close(self) -> None:
-        """After a failed test: leave nothing."""
+        """Leave nothing, also after a failed test."""
         if self.process.poll() is None:
             self.process.terminate()
             self.process.wait(timeout=30)
         for process in self.members():
             process.kill()
+        shutil.rmtree(self.base)

@@ -6,13 +6,24 @@ import contextlib
 import os
 import subprocess
 import sys
+import tempfile
 import time
+from collections.abc import Iterator
 from pathlib import Path
 
 import psutil
+import pytest
 
+from trident_llm.errors import LoadFailed
 from trident_llm.launch.run_folder import RUN_VARIABLE, SHARED_MEMORY, RunFolder, new_run_folder, remove_stale
 from trident_llm.launch.watchdog import Watchdog
+
+
+@pytest.fixture
+def folder() -> Iterator[Path]:
+    """Shorter than tmp_path: a socket's path has 107 bytes."""
+    with tempfile.TemporaryDirectory(prefix="trident-", dir="/tmp") as name:
+        yield Path(name)
 
 
 def start_member(run: RunFolder) -> subprocess.Popen[bytes]:
@@ -37,14 +48,22 @@ def make_region(run: RunFolder) -> Path:
     return region
 
 
-def test_the_folder_is_private_and_locked(tmp_path: Path) -> None:
-    with new_run_folder(tmp_path) as run:
-        assert run.path.parent == tmp_path and run.path.stat().st_mode & 0o777 == 0o700
-        assert remove_stale(tmp_path) == [] and run.path.exists()
+def test_the_folder_is_private_and_locked(folder: Path) -> None:
+    with new_run_folder(folder) as run:
+        assert run.path.parent == folder and run.path.stat().st_mode & 0o777 == 0o700
+        assert remove_stale(folder) == [] and run.path.exists()
 
 
-def test_clear_ends_processes_and_removes_memory_and_files(tmp_path: Path) -> None:
-    with new_run_folder(tmp_path) as run, new_run_folder(tmp_path) as other:
+def test_a_path_too_long_for_a_socket_is_refused(folder: Path) -> None:
+    parent = folder / ("x" * 60)
+    parent.mkdir()
+    with pytest.raises(LoadFailed, match=f"longer than 107 bytes; set {RUN_VARIABLE}"), new_run_folder(parent):
+        pass
+    assert list(parent.iterdir()) == []
+
+
+def test_clear_ends_processes_and_removes_memory_and_files(folder: Path) -> None:
+    with new_run_folder(folder) as run, new_run_folder(folder) as other:
         member, stranger = start_member(run), start_member(other)
         mine, theirs = make_region(run), make_region(other)
         run.clear()
@@ -55,25 +74,25 @@ def test_clear_ends_processes_and_removes_memory_and_files(tmp_path: Path) -> No
         assert has_ended(stranger) and not theirs.exists()
 
 
-def test_clear_lets_processes_end_by_themselves(tmp_path: Path) -> None:
-    with new_run_folder(tmp_path) as run:
-        script = f"import time; time.sleep(0.3); open({str(tmp_path / 'done')!r}, 'w')"
+def test_clear_lets_processes_end_by_themselves(folder: Path) -> None:
+    with new_run_folder(folder) as run:
+        script = f"import time; time.sleep(0.3); open({str(folder / 'done')!r}, 'w')"
         member = subprocess.Popen([sys.executable, "-c", script], env={**os.environ, RUN_VARIABLE: str(run.path)})
         run.clear(grace=20)
-        assert has_ended(member) and (tmp_path / "done").exists()
+        assert has_ended(member) and (folder / "done").exists()
 
 
-def test_what_a_dead_launch_left_is_removed(tmp_path: Path) -> None:
-    with new_run_folder(tmp_path) as run:
+def test_what_a_dead_launch_left_is_removed(folder: Path) -> None:
+    with new_run_folder(folder) as run:
         member, region = start_member(run), make_region(run)
-    with new_run_folder(tmp_path) as alive:
-        assert remove_stale(tmp_path) == [run]
+    with new_run_folder(folder) as alive:
+        assert remove_stale(folder) == [run]
         assert has_ended(member)
         assert not region.exists() and not run.path.exists() and alive.path.exists()
 
 
-def test_the_watchdog_clears_when_its_launcher_is_gone(tmp_path: Path) -> None:
-    with new_run_folder(tmp_path) as run:
+def test_the_watchdog_clears_when_its_launcher_is_gone(folder: Path) -> None:
+    with new_run_folder(folder) as run:
         member, region = start_member(run), make_region(run)
         script = (
             "import os, sys; from pathlib import Path; from trident_llm.launch.run_folder import RunFolder; "
@@ -88,8 +107,8 @@ def test_the_watchdog_clears_when_its_launcher_is_gone(tmp_path: Path) -> None:
         assert not region.exists() and not run.path.exists()
 
 
-def test_a_released_watchdog_is_gone(tmp_path: Path) -> None:
-    with new_run_folder(tmp_path) as run:
+def test_a_released_watchdog_is_gone(folder: Path) -> None:
+    with new_run_folder(folder) as run:
         watchdog = Watchdog(run)
         children = psutil.Process().children()
         watchdog.release()

@@ -36,7 +36,7 @@ class TritonPythonModel(TridentPythonModel):
     def launch(self, model_config, parameters):
         launch = super().launch(model_config, parameters)
         command = ["env", "PYTHONPATH={root}:{root}/backend_src", launch.command[0], "-m", "tests.fakes.fake_engine"]
-        return Launch(parameters=launch.parameters, command=[*command, "--step-time", "{step_time}"])
+        return Launch(parameters=launch.parameters, command=[*command, *"{options}".split()])
 '''
 
 
@@ -72,11 +72,11 @@ class LiveServer:
         return found
 
 
-def fake_repository(folder: Path, step_time: float) -> Path:
-    """A copy of the model repository whose engine is the fake one. ``step_time``: seconds per token."""
+def fake_repository(folder: Path, options: str) -> Path:
+    """A copy of the model repository whose engine is the fake one, started with ``options``."""
     repository = folder / "repository"
     shutil.copytree(ROOT / "model_repository", repository)
-    code = FAKE_ENGINE_MODEL.format(root=ROOT, step_time=step_time)
+    code = FAKE_ENGINE_MODEL.format(root=ROOT, options=options)
     (repository / "llm/1/model.py").write_text(textwrap.dedent(code))
     return repository
 
@@ -108,9 +108,10 @@ def serve(*arguments: str) -> Iterator[LiveServer]:
 
 
 @contextlib.contextmanager
-def serve_fake(folder: Path, *arguments: str, step_time: float = 0.01) -> Iterator[LiveServer]:
+def serve_fake(folder: Path, *arguments: str, engine: str = "--step-time 0.01") -> Iterator[LiveServer]:
+    """``engine``: options of the fake engine; ``arguments``: of the launcher."""
     tokenizer = write_byte_tokenizer(folder / "model")
-    repository = fake_repository(folder, step_time)
+    repository = fake_repository(folder, engine)
     with serve("--model-repository", str(repository), "--model", str(tokenizer), *arguments) as server:
         yield server
 

@@ -110,8 +110,8 @@ def test_min_tokens_forbids_stop_tokens_until_it_is_reached():
     logits = torch.zeros(1, VOCAB)
     logits[0, 7] = 10
     options = {"temperature": 0.0, "min_tokens": 3, "stop_ids": {7}}
-    assert sample(logits, [row(tokens=[1, 2, 3], **options)]).token_ids != [7]
-    assert sample(logits, [row(tokens=[1, 2, 3, 4], **options)]).token_ids == [7]
+    assert sample(logits, [row(position=3, tokens=[1, 2, 3], **options)]).token_ids != [7]
+    assert sample(logits, [row(position=4, tokens=[1, 2, 3, 4], **options)]).token_ids == [7]
 
 
 def test_logprobs_are_of_the_untouched_distribution():

@@ -39,16 +39,6 @@ def sentencepiece_tokenizer(request: pytest.FixtureRequest, tmp_path_factory: py
 
 
 @pytest.fixture(scope="session")
-def smollm2_folder(smollm2_gguf: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """SmolLM2's tokenizer, written by transformers from the GGUF file."""
-    from transformers import AutoTokenizer
-
-    folder = tmp_path_factory.mktemp("smollm2")
-    AutoTokenizer.from_pretrained(smollm2_gguf.parent, gguf_file=smollm2_gguf.name).save_pretrained(folder)
-    return folder
-
-
-@pytest.fixture(scope="session")
 def smollm2_tokenizer(smollm2_folder: Path) -> Tokenizer:
     return Tokenizer(smollm2_folder)
 

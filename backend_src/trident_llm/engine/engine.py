@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import time
 from collections.abc import Callable
+from dataclasses import dataclass
 from typing import Any
 
 from ..config import EngineConfig
@@ -14,15 +15,31 @@ from ..errors import BadRequest, Overloaded
 from ..protocol import Delta, FinishReason, SampleStart, Submit, Welcome
 from .block_manager import BlockManager
 from .loading import LoadedModel, load_model
-from .model_runner import ModelRunner, SampledToken
-from .scheduler import Scheduler
+from .model_runner import ModelRunner, SampledToken, StepResult
+from .scheduler import Scheduler, SchedulerOutput
 from .sequence import Sequence
 
 
-class EngineCore:
-    """Loads the model of ``config`` and serves it. Raises TridentError when it cannot be loaded."""
+@dataclass(frozen=True)
+class _InFlight:
+    output: SchedulerOutput
+    result: StepResult
 
-    def __init__(self, config: EngineConfig, *, progress: Callable[[str], None] | None = None) -> None:
+
+class EngineCore:
+    """Loads the model of ``config`` and serves it. Raises TridentError when it cannot be loaded.
+
+    With ``lookahead`` (default: on a GPU) a step is launched before the tokens of the one before are known, so that the
+    device never waits for the host. A stop is then found one step late, and that step's token is dropped.
+    """
+
+    def __init__(
+        self,
+        config: EngineConfig,
+        *,
+        progress: Callable[[str], None] | None = None,
+        lookahead: bool | None = None,
+    ) -> None:
         self.config = config
         self.model: LoadedModel = load_model(config, progress or (lambda text: None))
         self.blocks = BlockManager(
@@ -35,6 +52,8 @@ class EngineCore:
         self._requests: dict[str, dict[int, Sequence]] = {}
         self._eos_ids = frozenset(self.model.config.eos_token_ids)
         self._arrivals = 0
+        self._lookahead = self.model.device.type == "cuda" if lookahead is None else lookahead
+        self._in_flight: _InFlight | None = None
         self._counters = {"prompt_tokens_total": 0, "output_tokens_total": 0, "requests_total": 0, "steps_total": 0}
         self._step_seconds = 0.0
 
@@ -77,21 +96,25 @@ class EngineCore:
                 self._forget(seq)
 
     def has_work(self) -> bool:
-        return bool(self._requests)
+        return bool(self._requests) or self._in_flight is not None
 
     def step(self) -> list[Delta]:
-        """Schedule, run, postprocess. Returns the new tokens of this step."""
+        """Schedule and launch a step, then postprocess: the same one, or with lookahead the one before.
+
+        Returns the tokens that became known.
+        """
         deltas = self._expired()
         output = self.scheduler.schedule()
-        if not output.scheduled:
-            return deltas
         began = time.perf_counter()
-        sampled = self.runner.run(output)
-        deltas += [delta for token in sampled if (delta := self._accept(token)) is not None]
-        for item in output.scheduled:
-            self.blocks.register(item.seq)
+        launched = _InFlight(output, self.runner.launch(output)) if output.scheduled else None
+        finished, self._in_flight = (self._in_flight, launched) if self._lookahead else (launched, None)
+        if finished is not None:
+            sampled = finished.result.tokens()
+            deltas += [delta for token in sampled if (delta := self._accept(token)) is not None]
+            for item in finished.output.scheduled:
+                self.blocks.register(item.seq)
+            self._counters["steps_total"] += 1
         self._step_seconds += time.perf_counter() - began
-        self._counters["steps_total"] += 1
         return deltas
 
     def stats(self) -> dict[str, Any]:
@@ -156,6 +179,7 @@ class EngineCore:
             sample_index=start.index,
             token_ids=submit.prompt_ids + start.output_ids,
             num_prompt_tokens=len(submit.prompt_ids),
+            max_total_tokens=min(len(submit.prompt_ids) + params.max_tokens, self.model.max_model_len),
             params=params,
             stop_ids=stop_ids,
             priority=submit.priority,
@@ -175,9 +199,7 @@ class EngineCore:
         self._counters["output_tokens_total"] += 1
         stopped = token.token_id in seq.stop_ids
         reason: FinishReason | None = "stop" if stopped else None
-        if not stopped and (
-            seq.num_output_tokens >= seq.params.max_tokens or len(seq.token_ids) >= self.model.max_model_len
-        ):
+        if not stopped and len(seq.token_ids) >= seq.max_total_tokens:
             reason = "length"
         if reason is not None:
             self.blocks.register(seq)

@@ -1,15 +1,22 @@
-"""ModelRunner: turns a scheduled step into tensors, runs the decoder and samples. Knows no queues and no requests."""
+"""ModelRunner: turns a scheduled step into tensors, runs the decoder and samples. Knows no queues and no requests.
+
+``launch`` starts a step and returns at once where the device works by itself; ``StepResult.tokens`` waits for it. A
+step may use tokens of the one before that have not reached the host: they are taken from the device.
+"""
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from dataclasses import dataclass
 
 import torch
+from torch import Tensor
 
 from ..models.llama import LlamaDecoder
 from ..protocol import TokenLogprobs
 from ..sampling.sampler import SamplingRow, sample
 from .batch import AttentionMetadata, ModelInput
+from .flat_step import FlatStep, Sample, flatten
 from .kv_cache import KVCache
 from .scheduler import SchedulerOutput
 from .sequence import Sequence
@@ -22,85 +29,84 @@ class SampledToken:
     logprobs: TokenLogprobs | None
 
 
+@dataclass(frozen=True)
+class StepResult:
+    """A launched step. ``tokens`` waits until its tokens are on the host."""
+
+    tokens: Callable[[], list[SampledToken]]
+
+
 class ModelRunner:
-    """Owns the decoder and the KV cache."""
+    """Owns the decoder and the KV cache. This one computes on the CPU, within ``launch``."""
 
     def __init__(self, decoder: LlamaDecoder, kv_cache: KVCache, *, device: torch.device) -> None:
         self.decoder = decoder
         self.kv_cache = kv_cache
         self.device = device
         self.block_size = kv_cache.block_size
+        self._sampled_before: dict[Sequence, int] = {}
+        self._tokens_before = torch.zeros(0, dtype=torch.int64, device=device)
 
     @torch.inference_mode()
-    def run(self, output: SchedulerOutput) -> list[SampledToken]:
-        """Compute one step; the tokens are on the host when this returns."""
+    def launch(self, output: SchedulerOutput) -> StepResult:
+        """Compute one step."""
+        self._copy_blocks(output)
+        step = flatten(output, self.block_size, self._sampled_before)
+        logits = self.decoder.forward(self._model_input(step), self.kv_cache)
+        tokens = self._sample(logits, step.samples)
+        self._sampled_before = {entry.seq: index for index, entry in enumerate(step.samples)}
+        self._tokens_before = torch.tensor([token.token_id for token in tokens], dtype=torch.int64)
+        return StepResult(lambda: tokens)
+
+    def _copy_blocks(self, output: SchedulerOutput) -> None:
         if output.block_copies:
             self.kv_cache.copy_blocks(
                 [copy.source for copy in output.block_copies], [copy.destination for copy in output.block_copies]
             )
-        logits = self.decoder.forward(self._model_input(output), self.kv_cache)
-        sampling = [item for item in output.scheduled if item.sampled]
-        samples = [(row, seq) for row, item in enumerate(sampling) for seq in item.sampled]
+
+    def _sample(self, logits: Tensor, samples: list[Sample]) -> list[SampledToken]:
         if not samples:
             return []
         if len(samples) > logits.shape[0]:
-            logits = logits[torch.tensor([row for row, _ in samples], device=self.device)]
-        sampled = sample(logits, [_sampling_row(seq) for _, seq in samples])
+            logits = logits[torch.tensor([entry.row for entry in samples], device=self.device)]
+        sampled = sample(logits, [sampling_row(entry) for entry in samples])
         return [
-            SampledToken(seq, token_id, logprobs)
-            for (_, seq), token_id, logprobs in zip(samples, sampled.token_ids, sampled.logprobs, strict=True)
+            SampledToken(entry.seq, token_id, logprobs)
+            for entry, token_id, logprobs in zip(samples, sampled.token_ids, sampled.logprobs, strict=True)
         ]
 
-    def _model_input(self, output: SchedulerOutput) -> ModelInput:
-        """Flatten the step's sequences onto one token axis."""
-        token_ids: list[int] = []
-        positions: list[int] = []
-        slots: list[int] = []
-        starts = [0]
-        logits_rows: list[int] = []
-        size = self.block_size
-        for item in output.scheduled:
-            seq, end = item.seq, item.start + item.num_tokens
-            token_ids.extend(seq.token_ids[item.start : end])
-            positions.extend(range(item.start, end))
-            table = seq.block_table
-            slots.extend(table[p // size] * size + p % size for p in range(item.start, end))
-            starts.append(starts[-1] + item.num_tokens)
-            if item.sampled:
-                logits_rows.append(starts[-1] - 1)
-        context_lens = tuple(item.start + item.num_tokens for item in output.scheduled)
-        # Blocks beyond the context (reserved for later chunks) are left out: they cost attention a wider table.
-        tables = [
-            item.seq.block_table[: -(-length // size)]
-            for item, length in zip(output.scheduled, context_lens, strict=True)
-        ]
-        width = max(map(len, tables))
+    def _model_input(self, step: FlatStep) -> ModelInput:
+        token_ids = torch.tensor(step.token_ids, dtype=torch.int64)
+        if step.uses_sources:
+            sources = torch.tensor(step.token_sources)
+            token_ids = torch.where(sources < 0, token_ids, self._tokens_before[sources.clamp(min=0)])
+        width = step.table_width
         attention = AttentionMetadata(
-            slot_mapping=self._tensor(slots, torch.int64),
-            block_tables=self._tensor([table + [0] * (width - len(table)) for table in tables], torch.int32),
-            cu_seqlens_q=self._tensor(starts, torch.int32),
-            context_lens=self._tensor(context_lens, torch.int32),
-            seq_lens_q=tuple(item.num_tokens for item in output.scheduled),
-            context_lens_host=context_lens,
-            num_decodes=sum(item.num_tokens == 1 for item in output.scheduled),
-            block_size=size,
+            slot_mapping=torch.tensor(step.slots, dtype=torch.int64),
+            block_tables=torch.tensor(
+                [table + [0] * (width - len(table)) for table in step.block_tables], dtype=torch.int32
+            ),
+            cu_seqlens_q=torch.tensor(step.cu_seqlens_q, dtype=torch.int32),
+            context_lens=torch.tensor(step.context_lens, dtype=torch.int32),
+            seq_lens_q=tuple(step.seq_lens_q),
+            context_lens_host=tuple(step.context_lens),
+            num_decodes=step.num_decodes,
+            block_size=self.block_size,
         )
         return ModelInput(
-            token_ids=self._tensor(token_ids, torch.int64),
-            positions=self._tensor(positions, torch.int64),
-            logits_rows=self._tensor(logits_rows, torch.int64),
+            token_ids=token_ids,
+            positions=torch.tensor(step.positions, dtype=torch.int64),
+            logits_rows=torch.tensor(step.logits_rows, dtype=torch.int64),
             attention=attention,
         )
 
-    def _tensor(self, values: object, dtype: torch.dtype) -> torch.Tensor:
-        return torch.tensor(values, dtype=dtype, device=self.device)
 
-
-def _sampling_row(seq: Sequence) -> SamplingRow:
+def sampling_row(entry: Sample) -> SamplingRow:
+    seq = entry.seq
     return SamplingRow(
         params=seq.params,
         sample_index=seq.sample_index,
-        position=seq.num_tokens - 1,
+        position=entry.position,
         token_ids=seq.token_ids,
         num_prompt_tokens=seq.num_prompt_tokens,
         stop_ids=seq.stop_ids,

@@ -87,7 +87,7 @@ class Scheduler:
         copies: list[BlockCopy] = []
         # Decodes before prompts, and each in order of service: a preemption then hits one not yet scheduled.
         for seq in sorted(self.running, key=lambda s: (s.num_tokens - s.num_computed > 1, s.order)):
-            num_tokens = min(seq.num_tokens - seq.num_computed, budget)
+            num_tokens = min(seq.num_remaining, budget)
             if num_tokens <= 0 or seq.status is not Status.RUNNING:
                 continue
             if not self._make_room(seq, num_tokens, scheduled):

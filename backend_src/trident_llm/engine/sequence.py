@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import enum
 import time
-from collections.abc import Sequence as Seq
 from dataclasses import dataclass, field
 
 from ..protocol import SamplingParams
@@ -30,6 +29,8 @@ class Sequence:
     """Prompt and output tokens that the host knows."""
     num_prompt_tokens: int
     params: SamplingParams
+    max_total_tokens: int
+    """Prompt and output together end here."""
     stop_ids: frozenset[int]
     """Tokens that end the sequence: the model's own unless ignore_eos, and stop_token_ids."""
     priority: int = 0
@@ -67,8 +68,11 @@ class Sequence:
         return len(self.token_ids) - self.num_prompt_tokens
 
     @property
-    def output_ids(self) -> Seq[int]:
-        return self.token_ids[self.num_prompt_tokens :]
+    def num_remaining(self) -> int:
+        """Tokens that can be computed now: none when all that is left is to learn what was sampled."""
+        if self.num_tokens >= self.max_total_tokens or (self.num_pending and self.params.has_penalties):
+            return 0
+        return self.num_tokens - self.num_computed
 
     @property
     def order(self) -> tuple[int, int]:

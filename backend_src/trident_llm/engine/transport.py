@@ -59,12 +59,19 @@ class _Mailbox:
 class DoorSocket:
     """A ROUTER socket bound at ``address``. Not thread-safe: one thread owns it."""
 
-    def __init__(self, address: str, epoch: str, *, max_pending: int = 1 << 20) -> None:
-        """``max_pending``: token ids and log-probabilities held for one door before its requests are given up."""
+    def __init__(
+        self,
+        address: str,
+        epoch: str,
+        *,
+        max_pending: int = 1 << 20,
+        context: zmq.Context[zmq.Socket[bytes]] | None = None,
+    ) -> None:
+        """``max_pending``: token ids and log-probabilities held for one door before its requests are given up.
+        ``context``: for doors in this process."""
         self._epoch = epoch
         self._max_pending = max_pending
-        self._context = zmq.Context()
-        self._socket = self._context.socket(zmq.ROUTER)
+        self._socket = (context or zmq.Context.instance()).socket(zmq.ROUTER)
         self._socket.setsockopt(zmq.ROUTER_MANDATORY, 1)
         self._socket.setsockopt(zmq.ROUTER_HANDOVER, 1)
         self._socket.setsockopt(zmq.SNDHWM, SEND_HIGH_WATER_MARK)
@@ -80,7 +87,7 @@ class DoorSocket:
         return bool(self._mailboxes)
 
     def receive(self, timeout_ms: int) -> list[Received]:
-        """All messages that are here, after waiting ``timeout_ms`` at most for the first. Malformed ones are dropped."""
+        """All messages that are here, after waiting at most ``timeout_ms`` for the first; malformed ones dropped."""
         received: list[Received] = []
         if not self._socket.poll(timeout_ms, zmq.POLLIN):
             return received
@@ -132,7 +139,6 @@ class DoorSocket:
 
     def close(self) -> None:
         self._socket.close(linger=0)
-        self._context.term()
 
     def _mailbox(self, door: bytes) -> _Mailbox:
         return self._mailboxes.setdefault(door, _Mailbox())

@@ -42,7 +42,7 @@ class DecodeWorkspace:
 
 def choose_num_splits(num_seqs: int, num_kv_heads: int, max_context: int, num_processors: int) -> int:
     """Splits that fill the processors, given only what a batch bucket fixes. ``max_context``: of the block tables."""
-    wanted = -(-num_processors * _PROGRAMS_PER_PROCESSOR // (num_seqs * num_kv_heads))
+    wanted = num_processors * _PROGRAMS_PER_PROCESSOR // (num_seqs * num_kv_heads)
     return max(1, min(wanted, -(-max_context // _MIN_SPLIT_KEYS), 128))
 
 

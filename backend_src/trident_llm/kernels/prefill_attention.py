@@ -41,7 +41,7 @@ def default_config(dtype: torch.dtype, head_dim: int, group: int) -> PrefillConf
     return config
 
 
-@triton.jit
+@triton.jit(do_not_specialize=["num_seqs"])
 def _prefill_attention_kernel(
     q,  # [T, Hq, HEAD_DIM]
     kv_cache,  # [num_blocks, BLOCK_SIZE, 2, NUM_KV_HEADS, HEAD_DIM]
@@ -149,8 +149,6 @@ def _prefill_attention_kernel(
             mask=inside,
         )
 
-
-_prefill_attention_kernel.do_not_specialize = ["num_seqs"]
 
 
 def prefill_attention(

@@ -10,7 +10,7 @@ from triton.language.extra.cuda import gdc_launch_dependents, gdc_wait
 from .checks import FLOAT_DTYPES, check_dtype, check_last_contiguous, check_shape
 
 
-@triton.jit
+@triton.jit(do_not_specialize=["num_rows"])
 def _rms_norm_kernel(
     x,  # [num_rows // inner, inner, size], strides below
     residual,  # [num_rows, size], updated in place; unused unless ADD
@@ -49,8 +49,6 @@ def _rms_norm_kernel(
     result = values * tl.rsqrt(mean_square + eps)[:, None] * scale
     tl.store(out + row * SIZE + columns, result.to(out.dtype.element_ty), mask=inside)
 
-
-_rms_norm_kernel.do_not_specialize = ["num_rows"]
 
 _VALUES_PER_PROGRAM = 4096
 

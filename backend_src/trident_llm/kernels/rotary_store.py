@@ -38,8 +38,9 @@ def _rotary_store_kernel(
         gdc_launch_dependents()
         gdc_wait()
     HALF: tl.constexpr = HEAD_DIM // 2
-    token = tl.program_id(1).to(tl.int64)
-    head = (tl.program_id(0) * HEADS + tl.arange(0, HEADS))[:, None]
+    GROUPS: tl.constexpr = (NUM_HEADS + 2 * NUM_KV_HEADS + HEADS - 1) // HEADS
+    token = (tl.program_id(0) // GROUPS).to(tl.int64)
+    head = (tl.program_id(0) % GROUPS * HEADS + tl.arange(0, HEADS))[:, None]
     dims = tl.arange(0, PADDED_HALF)[None, :]
     inside = (head < NUM_HEADS + 2 * NUM_KV_HEADS) & (dims < HALF)
     rotated = head < NUM_HEADS + NUM_KV_HEADS
@@ -103,7 +104,8 @@ def rotary_embed_and_store_kv(
         raise ValueError("cos and sin must have the same shape and strides")
     if num_tokens == 0:
         return
-    _rotary_store_kernel[(triton.cdiv(num_rows, _HEADS_PER_PROGRAM), num_tokens)](
+    # One axis: the others of a grid end at 65,535.
+    _rotary_store_kernel[(triton.cdiv(num_rows, _HEADS_PER_PROGRAM) * num_tokens,)](
         qkv, cos, sin, kv_cache, kv_scales, slots, qkv.stride(0), cos.stride(0),
         NUM_HEADS=num_rows - 2 * num_kv_heads, NUM_KV_HEADS=num_kv_heads, HEAD_DIM=head_dim,
         PADDED_HALF=triton.next_power_of_2(head_dim // 2), HEADS=_HEADS_PER_PROGRAM, FP8_LIMIT=FP8_MAX,

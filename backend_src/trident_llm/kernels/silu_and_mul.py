@@ -25,8 +25,9 @@ def _silu_and_mul_kernel(
     if PDL:
         gdc_launch_dependents()
         gdc_wait()
-    row = tl.program_id(1).to(tl.int64)
-    columns = tl.program_id(0) * TILE + tl.arange(0, TILE)
+    tiles = tl.cdiv(size, TILE)
+    row = (tl.program_id(0) // tiles).to(tl.int64)
+    columns = tl.program_id(0) % tiles * TILE + tl.arange(0, TILE)
     inside = columns < size
     gate = tl.load(gate_up + row * stride_in + columns, mask=inside, other=0.0).to(tl.float32)
     up = tl.load(gate_up + row * stride_in + size + columns, mask=inside, other=0.0).to(tl.float32)
@@ -43,8 +44,8 @@ def silu_and_mul(gate_up: Tensor, out: Tensor, *, pdl: bool = False) -> None:
     check_last_contiguous("out", out)
     if num_rows == 0:
         return
-    # At most 65,535 rows: the limit of a grid's second axis, far above the tokens of a step.
-    _silu_and_mul_kernel[(triton.cdiv(size, _TILE), num_rows)](
+    # One axis: the others of a grid end at 65,535.
+    _silu_and_mul_kernel[(triton.cdiv(size, _TILE) * num_rows,)](
         gate_up, out, size, gate_up.stride(0), out.stride(0), TILE=_TILE, PDL=pdl,
         num_warps=4, **({"launch_pdl": True} if pdl else {}),
     )  # fmt: skip

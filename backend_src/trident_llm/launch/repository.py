@@ -58,7 +58,9 @@ def configure_llm(config: model_config_pb2.ModelConfig, options: Options) -> Eng
         if not config.instance_group:
             config.instance_group.add(kind=model_config_pb2.ModelInstanceGroup.KIND_CPU)
         config.instance_group[0].count = options.doors
-    model_config = json_format.MessageToDict(config, preserving_proto_field_name=True)
+    model_config = json_format.MessageToDict(
+        config, preserving_proto_field_name=True, always_print_fields_with_no_presence=True
+    )
     engine_config = EngineConfig.from_parameters(parameters_of(model_config))
     if config.instance_group:
         check_capacity(model_config, engine_config)

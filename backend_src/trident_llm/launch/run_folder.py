@@ -20,10 +20,13 @@ from pathlib import Path
 import psutil
 
 from ..errors import LoadFailed
+from ..run_directory import RunDirectory
 
 RUN_VARIABLE = "TRIDENT_RUN_DIR"
 SHARED_MEMORY = Path("/dev/shm")
 _NAME = "serve-"
+_LONGEST_ENGINE_FOLDER = "4194304-llm"
+"""What the doors put into the run folder: a folder named after the server's process and the engine's model."""
 
 
 @dataclass(frozen=True)
@@ -83,9 +86,13 @@ class RunFolder:
 
 @contextlib.contextmanager
 def new_run_folder(base: Path | None = None) -> Iterator[RunFolder]:
-    """A fresh folder, locked for as long as the context lasts. Clearing it is the caller's business."""
+    """A fresh folder, locked for as long as the context lasts. Clearing it is the caller's business.
+
+    Raises ``LoadFailed`` when its path is too long for the engine's socket inside.
+    """
     parent = base or _base()
     name = f"{_NAME}{os.getpid()}-{secrets.token_hex(4)}"
+    RunDirectory(parent / name / _LONGEST_ENGINE_FOLDER)
     hidden = parent / f".{name}"
     hidden.mkdir(mode=0o700)
     # Locked before it gets the name that remove_stale looks for, so it is never taken for a stale one.

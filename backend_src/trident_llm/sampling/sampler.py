@@ -29,13 +29,13 @@ class SamplingRow:
     sample_index: int
     position: int
     token_ids: Seq[int]
-    """The tokens before it: prompt, then output."""
+    """Prompt, then output. With penalties all tokens before it, else as many as are known."""
     num_prompt_tokens: int
     stop_ids: frozenset[int]
 
     @property
     def forbids_stop(self) -> bool:
-        return len(self.token_ids) - self.num_prompt_tokens < self.params.min_tokens
+        return self.position - self.num_prompt_tokens < self.params.min_tokens
 
 
 @dataclass(frozen=True)
@@ -44,11 +44,6 @@ class SampledTokens:
 
     token_ids: list[int]
     logprobs: list[TokenLogprobs | None]
-
-
-def has_penalties(params: SamplingParams) -> bool:
-    """Whether the tokens so far change the logits."""
-    return params.presence_penalty != 0 or params.frequency_penalty != 0 or params.repetition_penalty != 1
 
 
 def sample(logits: Tensor, rows: Seq[SamplingRow]) -> SampledTokens:
@@ -76,7 +71,7 @@ def sample(logits: Tensor, rows: Seq[SamplingRow]) -> SampledTokens:
 
 def _changes_logits(row: SamplingRow) -> bool:
     params = row.params
-    return bool(params.logit_bias) or has_penalties(params) or row.forbids_stop
+    return bool(params.logit_bias) or params.has_penalties or row.forbids_stop
 
 
 def _change_logits(logits: Tensor, row: SamplingRow) -> None:
@@ -87,7 +82,7 @@ def _change_logits(logits: Tensor, row: SamplingRow) -> None:
     if params.logit_bias:
         ids = torch.tensor(list(params.logit_bias), device=logits.device)
         logits[ids] += torch.tensor(list(params.logit_bias.values()), device=logits.device)
-    if not has_penalties(params):
+    if not params.has_penalties:
         return
     vocab_size = logits.shape[-1]
     tokens = torch.tensor(row.token_ids, dtype=torch.int64, device=logits.device)

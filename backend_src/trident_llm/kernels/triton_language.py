@@ -1,0 +1,140 @@
+"""The decoder's operators in the Triton language, for NVIDIA GPUs; signatures and meanings are those of ``Kernels``.
+
+Every launch depends on shapes alone, never on values, so a step can be captured into a CUDA graph: lengths, block
+tables and slots are read on the device.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+
+from ..engine.batch import AttentionMetadata
+from . import matrix_vector, skinny_matmul
+from .checks import HALF_DTYPES
+from .decode_attention import allocate_workspace, choose_num_splits, decode_attention
+from .matrix_vector import matrix_vector as multiply_vector
+from .prefill_attention import prefill_attention
+from .rms_norm import rms_norm
+from .rotary_store import rotary_embed_and_store_kv
+from .silu_and_mul import silu_and_mul
+from .skinny_matmul import skinny_matmul as multiply_skinny
+
+
+@dataclass(frozen=True)
+class AttentionPlan:
+    """A step's attention: device tensors, and host constants that a graph's bucket fixes.
+
+    The first ``num_decodes`` of S sequences have one token each and come first on the token axis.
+    """
+
+    slots: Tensor
+    """[T] int64."""
+    block_tables: Tensor
+    """[S, max_blocks] int32."""
+    cu_seqlens_q: Tensor
+    """[S + 1] int32."""
+    context_lens: Tensor
+    """[S] int32."""
+    num_decodes: int
+    max_context: int
+    """Tokens that the block tables have room for."""
+    sliding_window: int | None
+
+
+def _streams_weight(x: Tensor, weight: Tensor, max_rows: int) -> bool:
+    """Whether a kernel for few rows takes these operands; cuBLAS takes the rest."""
+    return x.dim() == 2 and 1 <= x.shape[0] <= max_rows and x.dtype in HALF_DTYPES and weight.dtype == x.dtype
+
+
+class TritonLanguageKernels:
+    """Implements ``Kernels`` on one CUDA device. Holds no tensors: workspaces come from torch's allocator."""
+
+    def __init__(self, device: torch.device) -> None:
+        properties = torch.cuda.get_device_properties(device)
+        self._num_processors = properties.multi_processor_count
+        # Programmatic dependent launch came with compute capability 9.0.
+        self._pdl = properties.major >= 9
+
+    def pack_linear(self, weight: Tensor) -> Tensor:
+        return weight.contiguous()
+
+    def linear(self, x: Tensor, weight: Tensor, bias: Tensor | None = None) -> Tensor:
+        if not _streams_weight(x, weight, skinny_matmul.MAX_ROWS):
+            return F.linear(x, weight, bias)
+        out = x.new_empty(x.shape[0], weight.shape[0])
+        if x.shape[0] <= matrix_vector.MAX_ROWS:
+            multiply_vector(x, weight, out, bias=bias, pdl=self._pdl)
+        else:
+            multiply_skinny(x, weight, out, bias=bias, pdl=self._pdl)
+        return out
+
+    def rms_norm(self, x: Tensor, weight: Tensor, eps: float) -> Tensor:
+        out = torch.empty(x.shape, dtype=x.dtype, device=x.device)
+        rms_norm(x, weight, eps, out, pdl=self._pdl)
+        return out
+
+    def fused_add_rms_norm(self, x: Tensor, residual: Tensor, weight: Tensor, eps: float) -> Tensor:
+        out = torch.empty(x.shape, dtype=x.dtype, device=x.device)
+        rms_norm(x, weight, eps, out, residual=residual, pdl=self._pdl)
+        return out
+
+    def silu_and_mul(self, gate_up: Tensor) -> Tensor:
+        out = gate_up.new_empty(gate_up.shape[0], gate_up.shape[1] // 2)
+        silu_and_mul(gate_up, out, pdl=self._pdl)
+        return out
+
+    def linear_silu_and_mul(self, x: Tensor, weight: Tensor) -> Tensor:
+        """``silu_and_mul(linear(x, weight))`` in one kernel where that is faster."""
+        if not _streams_weight(x, weight, matrix_vector.MAX_ROWS):
+            return self.silu_and_mul(self.linear(x, weight))
+        out = x.new_empty(x.shape[0], weight.shape[0] // 2)
+        multiply_vector(x, weight, out, silu_and_mul=True, pdl=self._pdl)
+        return out
+
+    def plan_attention(
+        self, metadata: AttentionMetadata, *, dtype: torch.dtype, sliding_window: int | None = None
+    ) -> AttentionPlan:
+        del dtype
+        return AttentionPlan(
+            slots=metadata.slot_mapping,
+            block_tables=metadata.block_tables,
+            cu_seqlens_q=metadata.cu_seqlens_q,
+            context_lens=metadata.context_lens,
+            num_decodes=metadata.num_decodes,
+            max_context=metadata.block_tables.shape[1] * metadata.block_size,
+            sliding_window=sliding_window,
+        )
+
+    def rotary_embed_and_store_kv(
+        self, qkv: Tensor, cos: Tensor, sin: Tensor, kv_cache: Tensor, plan: AttentionPlan,
+        kv_scales: Tensor | None = None,
+    ) -> None:  # fmt: skip
+        rotary_embed_and_store_kv(qkv, cos, sin, kv_cache, plan.slots, kv_scales=kv_scales, pdl=self._pdl)
+
+    def paged_attention(
+        self, q: Tensor, kv_cache: Tensor, plan: AttentionPlan, scale: float, soft_cap: float | None = None,
+        kv_scales: Tensor | None = None,
+    ) -> Tensor:  # fmt: skip
+        out = torch.empty(q.shape, dtype=q.dtype, device=q.device)
+        decodes = plan.num_decodes
+        if decodes:
+            num_kv_heads, head_dim = kv_cache.shape[3:]
+            window = min(plan.max_context, plan.sliding_window or plan.max_context)
+            num_splits = choose_num_splits(decodes, num_kv_heads, window, self._num_processors)
+            workspace = allocate_workspace(decodes, q.shape[1], num_splits, head_dim, q.device)
+            decode_attention(
+                q[:decodes], kv_cache, plan.block_tables[:decodes], plan.context_lens[:decodes], out[:decodes],
+                workspace, num_splits=num_splits, scale=scale, soft_cap=soft_cap,
+                sliding_window=plan.sliding_window, kv_scales=kv_scales, pdl=self._pdl,
+            )  # fmt: skip
+        if q.shape[0] > decodes:
+            prefill_attention(
+                q, kv_cache, plan.block_tables[decodes:], plan.cu_seqlens_q[decodes:], plan.context_lens[decodes:],
+                out, num_tokens=q.shape[0] - decodes, scale=scale, soft_cap=soft_cap,
+                sliding_window=plan.sliding_window, kv_scales=kv_scales, pdl=self._pdl,
+            )  # fmt: skip
+        return out.flatten(1)

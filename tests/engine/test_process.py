@@ -1,0 +1,228 @@
+"""The engine's loop and socket against doors that are slow, broken or gone."""
+
+from __future__ import annotations
+
+import threading
+import time
+from collections.abc import Iterator
+from dataclasses import dataclass, field
+from pathlib import Path
+
+import msgspec
+import pytest
+import zmq
+
+from tests.fakes.engine_runs import wait_until
+from tests.fakes.fake_engine import FakeEngineCore, next_token
+from trident_llm.config import EngineConfig
+from trident_llm.engine.process import EngineLoop
+from trident_llm.engine.transport import DoorSocket
+from trident_llm.protocol import (
+    Abort,
+    Command,
+    CommandReply,
+    Delta,
+    Hello,
+    SampleStart,
+    SamplingParams,
+    Shutdown,
+    StepDeltas,
+    Submit,
+    ToDoor,
+    ToEngine,
+    TokenLogprobs,
+    TopLogprob,
+    Welcome,
+)
+
+PROMPT = list(b"hello")
+encode = msgspec.msgpack.Encoder().encode
+decode = msgspec.msgpack.Decoder(ToDoor).decode
+
+
+def submit(request_id: str, max_tokens: int = 10, output_ids: list[int] | None = None) -> Submit:
+    params = SamplingParams(seed=1, max_tokens=max_tokens)
+    start = SampleStart(index=0, output_ids=output_ids or [])
+    return Submit(request_id=request_id, prompt_ids=PROMPT, params=params, samples=[start])
+
+
+@dataclass
+class RawDoor:
+    """A door's socket without a client behind it; it reads only when told to."""
+
+    socket: zmq.Socket[bytes]
+    received: list[Delta] = field(default_factory=list)
+
+    def send(self, message: ToEngine) -> None:
+        self.socket.send(encode(message))
+
+    def receive(self, timeout_ms: int = 5000) -> ToDoor:
+        assert self.socket.poll(timeout_ms), "no message"
+        return decode(self.socket.recv())
+
+    def read_to_the_end(self, request_id: str) -> list[int]:
+        """The token ids of one request, in order; raises when an offset does not fit."""
+        ids: list[int] = []
+        while True:
+            message = self.receive()
+            assert isinstance(message, StepDeltas)
+            for delta in message.deltas:
+                if delta.request_id == request_id:
+                    self.received.append(delta)
+                    assert delta.offset == len(ids)
+                    ids += delta.token_ids
+                    if delta.finish_reason is not None:
+                        return ids
+
+
+@dataclass
+class RunningLoop:
+    """An engine loop in a thread of this process."""
+
+    address: str
+    core: FakeEngineCore
+    context: zmq.Context[zmq.Socket[bytes]]
+
+    def door(self) -> RawDoor:
+        socket = self.context.socket(zmq.DEALER)
+        socket.setsockopt(zmq.RCVHWM, 1)
+        socket.connect(self.address)
+        door = RawDoor(socket)
+        door.send(Hello(door="test"))
+        assert isinstance(door.receive(), Welcome)
+        return door
+
+
+@pytest.fixture
+def loop(tmp_path: Path, request: pytest.FixtureRequest) -> Iterator[RunningLoop]:
+    config = EngineConfig(model="fake")
+    core = FakeEngineCore(config, step_time=0.0)
+    address = f"inproc://engine-{tmp_path.name}"
+    max_pending = getattr(request, "param", 1 << 20)
+    context = zmq.Context()
+    socket = DoorSocket(address, "epoch-1", max_pending=max_pending, context=context)
+    thread = threading.Thread(target=EngineLoop(core, config, socket, "epoch-1").run)
+    thread.start()
+    running = RunningLoop(address, core, context)
+    yield running
+    door = running.door()
+    door.send(Shutdown())
+    thread.join(5.0)
+    assert not thread.is_alive()
+    socket.close()
+    context.destroy(linger=0)
+
+
+def expected(num_tokens: int) -> list[int]:
+    return [next_token(PROMPT, 0, position) for position in range(num_tokens)]
+
+
+def test_one_message_per_step_carries_all_deltas_of_a_door(loop):
+    first, second = loop.door(), loop.door()
+    for name in ("a", "b"):
+        first.send(submit(name))
+    second.send(submit("c"))
+    assert second.read_to_the_end("c") == expected(10)
+    assert first.read_to_the_end("b") == expected(10)
+    assert {delta.request_id for delta in second.received} == {"c"}
+
+
+def test_resubmission_continues_at_its_offset(loop):
+    door = loop.door()
+    door.send(submit("a", output_ids=expected(4)))
+    message = door.receive()
+    assert isinstance(message, StepDeltas)
+    assert message.epoch == "epoch-1"
+    assert (message.deltas[0].offset, message.deltas[0].token_ids) == (4, expected(5)[4:])
+
+
+def test_malformed_messages_are_dropped(loop):
+    door = loop.door()
+    for garbage in (b"", b"\xc1", b"\x81\xa4type\xa4nope", encode({"type": "submit", "request_id": 5})):
+        door.socket.send(garbage)
+    door.send(submit("a"))
+    assert door.read_to_the_end("a") == expected(10)
+
+
+def test_bad_request_gets_an_error_delta_and_unknown_abort_nothing(loop):
+    door = loop.door()
+    door.send(Abort(request_id="unknown"))
+    params = SamplingParams(seed=1, max_tokens=1)
+    door.send(Submit(request_id="empty", prompt_ids=[], params=params))
+    message = door.receive()
+    assert isinstance(message, StepDeltas)
+    assert message.deltas[0].finish_reason == "error"
+    assert message.deltas[0].error.startswith("[INVALID_ARG] prompt")
+
+
+def test_unknown_command_lists_the_known(loop):
+    door = loop.door()
+    door.send(Command(command_id=7, command="reboot"))
+    reply = door.receive()
+    assert isinstance(reply, CommandReply)
+    assert reply.command_id == 7
+    assert reply.error == "[INVALID_ARG] command: 'reboot' is not one of stats, config, health"
+
+
+def test_slow_door_gets_larger_messages_and_slows_nobody(loop):
+    slow, quick = loop.door(), loop.door()
+    slow.send(submit("slow", max_tokens=4000))
+    began = time.monotonic()
+    quick.send(submit("quick", max_tokens=2000))
+    assert quick.read_to_the_end("quick") == expected(2000)
+    assert time.monotonic() - began < 5.0
+    wait_until(lambda: not loop.core.has_work())
+    assert slow.read_to_the_end("slow") == expected(4000)
+    assert max(len(delta.token_ids) for delta in slow.received) > 100
+
+
+@pytest.mark.parametrize("loop", [500], indirect=True)
+def test_door_that_does_not_read_loses_its_requests(loop):
+    stalled, other = loop.door(), loop.door()
+    stalled.send(submit("stalled", max_tokens=4000))
+    other.send(submit("other", max_tokens=3000))
+    assert other.read_to_the_end("other") == expected(3000)
+    wait_until(lambda: not loop.core.has_work(), 2.0)
+    deltas = []
+    while not deltas or deltas[-1].finish_reason is None:
+        message = stalled.receive()
+        assert isinstance(message, StepDeltas)
+        deltas += message.deltas
+    assert "stalled" in deltas[-1].error
+    stalled.send(submit("again", max_tokens=20))
+    assert stalled.read_to_the_end("again") == expected(20)
+
+
+def test_requests_of_a_dead_door_are_freed(loop):
+    door = loop.door()
+    door.send(submit("a", max_tokens=10**9))
+    wait_until(loop.core.has_work)
+    door.socket.close(linger=0)
+    wait_until(lambda: not loop.core.has_work(), 2.0)
+
+
+def test_merged_deltas_keep_everything(tmp_path):
+    context = zmq.Context()
+    socket = DoorSocket(f"inproc://merge-{tmp_path.name}", "epoch", context=context)
+    door = RawDoor(context.socket(zmq.DEALER))
+    door.socket.connect(f"inproc://merge-{tmp_path.name}")
+    door.send(Hello(door="test"))
+    (hello,) = socket.receive(1000)
+    row = TokenLogprobs(token_id=1, logprob=-1.0, rank=1, top=[TopLogprob(token_id=1, logprob=-1.0)])
+    last = Delta(request_id="a", sample_index=0, offset=6, token_ids=[9], finish_reason="stop", stopped_by_token=True)
+    for delta in (
+        Delta(request_id="a", sample_index=0, offset=3, token_ids=[1], logprobs=[row], num_cached_tokens=16),
+        Delta(request_id="a", sample_index=0, offset=4, token_ids=[2, 3], logprobs=[row, row]),
+        Delta(request_id="b", sample_index=0, offset=0, token_ids=[5]),
+        last,
+    ):
+        socket.post_delta(hello.door, delta)
+    assert socket.flush().gone == []
+    message = door.receive()
+    assert isinstance(message, StepDeltas)
+    merged, other = message.deltas
+    assert other.token_ids == [5]
+    assert (merged.offset, merged.token_ids, merged.logprobs) == (3, [1, 2, 3, 9], [row] * 3)
+    assert (merged.finish_reason, merged.stopped_by_token, merged.num_cached_tokens) == ("stop", True, 16)
+    socket.close()
+    context.destroy(linger=0)

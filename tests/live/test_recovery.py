@@ -1,0 +1,88 @@
+"""A real server whose engine, doors or itself are killed."""
+
+from __future__ import annotations
+
+import os
+import signal
+import time
+from pathlib import Path
+
+import pytest
+
+from tests.fakes.engine_runs import wait_until
+from tests.fakes.fake_engine import expected_text
+from tests.live.live_server import LiveServer, serve_fake
+from tests.live.requests import GrpcStream, admin, generate, metrics, text_of, wait_until_running
+from trident_llm.errors import LoadFailed
+from trident_llm.run_directory import RunDirectory
+from trident_llm.server.engine_watch import wait_for_end
+
+pytestmark = pytest.mark.live
+TOKEN = ("--set", "admin_token=secret")
+
+
+def kill_engine(server: LiveServer) -> None:
+    server.find_process("fake_engine").send_signal(signal.SIGKILL)
+
+
+def run_folders(server: LiveServer) -> list[Path]:
+    return list(server.run.path.glob("[0-9]*-*"))
+
+
+def wait_until_healthy(server: LiveServer, seconds: float = 10.0) -> None:
+    deadline = time.monotonic() + seconds
+    while not admin(server, "health")["ready"]:
+        assert time.monotonic() < deadline
+        time.sleep(0.05)
+
+
+def test_killed_engine_costs_no_token_in_either_door(tmp_path: Path):
+    with serve_fake(tmp_path, *TOKEN) as server:
+        with GrpcStream(server, "llm") as first, GrpcStream(server, "llm_vllm") as second:
+            first.submit("first", stream=True, max_tokens=200)
+            second.submit("second", stream=True, max_tokens=200)
+            wait_until_running(server, 2)
+            time.sleep(0.5)
+            kill_engine(server)
+            assert text_of(first.until_final()) == expected_text("first", 200)
+            assert text_of(second.until_final()) == expected_text("second", 200)
+        assert admin(server, "health") == {"ready": True, "engine_restarts": 1}
+        time.sleep(0.7)
+        assert metrics(server)["trident_engine_restarts_total"] == 1
+        before = metrics(server)["trident_output_tokens_total"]
+
+        answer = generate(server, "llm", "<crash>")
+        assert answer.body["error"].startswith("[INTERNAL] the engine broke 3 times while it served this request")
+        wait_until_healthy(server)
+        assert generate(server, "llm", "hello", max_tokens=9).body["text_output"] == expected_text("hello", 9)
+        time.sleep(0.7)
+        assert metrics(server)["trident_output_tokens_total"] >= before + 9
+
+        (folder,) = run_folders(server)
+        engine = server.find_process("fake_engine")
+        os.kill(server.find_process("bin/tritonserver").pid, signal.SIGKILL)
+        assert wait_for_end(engine.pid, 1.0)
+        assert not RunDirectory(folder).path.exists()
+
+
+def test_other_door_takes_over_when_a_stub_is_killed(tmp_path: Path):
+    with serve_fake(tmp_path, *TOKEN) as server:
+        (folder,) = run_folders(server)
+        engine = server.find_process("fake_engine")
+        holder = engine.parent()
+        assert holder is not None
+        holder.kill()
+        kill_engine(server)
+        wait_until(lambda: (status := RunDirectory(folder).read_status()) is not None and status.pid != engine.pid)
+        wait_until_healthy(server)
+        answer = generate(server, "llm_vllm", "hello", max_tokens=9, exclude_input_in_output=True)
+        assert answer.body["text_output"] == expected_text("hello", 9)
+        time.sleep(0.7)
+        assert metrics(server)["trident_engine_ready"] == 1
+        assert RunDirectory(folder).exists()
+
+
+def test_engine_that_does_not_load_gives_its_text_to_the_log(tmp_path: Path):
+    broken = serve_fake(tmp_path, "--set", "revision=broken")
+    with pytest.raises(LoadFailed, match=r"\[INTERNAL\] the fake model does not load"), broken:
+        pass
