@@ -157,10 +157,10 @@ def _parse(field: dataclasses.Field[Any], text: str) -> Any:
         if kind == "float":
             return float(text)
     except ValueError:
-        raise BadRequest(f"{field.name}: {text!r} is not {_allowed(field)}") from None
+        raise BadRequest(f"{field.name}: {text!r} is not {allowed_values(field)}") from None
     if kind == "bool":
         if text.lower() not in _TRUE + _FALSE:
-            raise BadRequest(f"{field.name}: {text!r} is not {_allowed(field)}")
+            raise BadRequest(f"{field.name}: {text!r} is not {allowed_values(field)}")
         return text.lower() in _TRUE
     return text
 
@@ -172,18 +172,18 @@ def _check(field: dataclasses.Field[Any], value: Any) -> None:
     kind = str(field.type).removesuffix(" | None")
     types: dict[str, tuple[type, ...]] = {"int": (int,), "float": (int, float), "bool": (bool,), "str": (str,)}
     if not isinstance(value, types[kind]) or (isinstance(value, bool) and kind != "bool"):
-        raise BadRequest(f"{field.name}: {value!r} is not {_allowed(field)}")
+        raise BadRequest(f"{field.name}: {value!r} is not {allowed_values(field)}")
     choices, low, high = field.metadata["choices"], field.metadata["minimum"], field.metadata["maximum"]
     out_of_range = isinstance(value, (int, float)) and (
         not math.isfinite(value) or (low is not None and value < low) or (high is not None and value > high)
     )
     if out_of_range or (choices is not None and str(value) not in choices):
-        raise BadRequest(f"{field.name}: {value!r} is not {_allowed(field)}")
+        raise BadRequest(f"{field.name}: {value!r} is not {allowed_values(field)}")
     if not field.metadata["available"]:
         raise BadRequest(f"{field.name}: not available yet; leave it at its default ({field.default!r})")
 
 
-def _allowed(field: dataclasses.Field[Any]) -> str:
+def allowed_values(field: dataclasses.Field[Any]) -> str:
     """What a field accepts, in words: ``an integer from 1 to 8``."""
     if field.metadata["choices"] is not None:
         return "one of " + ", ".join(field.metadata["choices"])

@@ -27,7 +27,7 @@ def run(server: FakeTriton, *arguments: str, results: Path | None = None) -> sub
 def test_a_smoke_run_passes_and_reports_every_event(tmp_path: Path):
     answer = Answer(tuple("abcdefgh"), delay=0.01)
     with FakeTriton(answer) as server:
-        finished = run(server, "--profile", "smoke", "--run-time", "3", results=tmp_path / "run.json")
+        finished = run(server, "--profile", "smoke", "--run-time", "3", results=tmp_path / "run")
         generations = server.generations
     assert finished.returncode == 0, finished.stderr
     rows = {row["name"]: row for row in json.loads((tmp_path / "run.json").read_text())}

@@ -8,7 +8,7 @@ from __future__ import annotations
 import time
 from collections.abc import Callable
 from dataclasses import dataclass
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 from ..config import EngineConfig
 from ..errors import BadRequest, Overloaded
@@ -18,6 +18,9 @@ from .loading import LoadedModel, load_model
 from .model_runner import ModelRunner, SampledToken, StepResult
 from .scheduler import Scheduler, SchedulerOutput
 from .sequence import Sequence
+
+if TYPE_CHECKING:
+    from .cuda_runner import CudaRunner
 
 
 @dataclass(frozen=True)
@@ -48,7 +51,7 @@ class EngineCore:
         self.scheduler = Scheduler(
             self.blocks, max_num_seqs=config.max_num_seqs, max_num_batched_tokens=config.max_num_batched_tokens
         )
-        self.runner = ModelRunner(self.model.decoder, self.model.kv_cache, device=self.model.device)
+        self.runner = _make_runner(self.model, config, progress or (lambda text: None))
         self._requests: dict[str, dict[int, Sequence]] = {}
         self._eos_ids = frozenset(self.model.config.eos_token_ids)
         self._arrivals = 0
@@ -135,6 +138,7 @@ class EngineCore:
             "memory": {
                 "weights_bytes": self.model.weights_bytes,
                 "kv_cache_bytes": self.model.kv_cache.num_bytes,
+                "graph_bytes": self.runner.graph_bytes,
             },
             "device": str(self.model.device),
             "dtype": str(self.model.dtype).removeprefix("torch."),
@@ -237,7 +241,26 @@ class EngineCore:
         ]
 
     def _forget(self, seq: Sequence) -> None:
+        self.runner.forget(seq)
         samples = self._requests[seq.request_id]
         del samples[seq.sample_index]
         if not samples:
             del self._requests[seq.request_id]
+
+
+def _make_runner(
+    model: LoadedModel, config: EngineConfig, progress: Callable[[str], None]
+) -> ModelRunner | CudaRunner:
+    if model.device.type == "cpu":
+        return ModelRunner(model.decoder, model.kv_cache, device=model.device)
+    from .cuda_runner import CudaRunner
+
+    return CudaRunner(
+        model.decoder,
+        model.kv_cache,
+        device=model.device,
+        max_num_seqs=config.max_num_seqs,
+        max_num_batched_tokens=config.max_num_batched_tokens,
+        max_model_len=model.max_model_len,
+        progress=progress,
+    )

@@ -20,6 +20,7 @@ from ..models.source import ModelSource, resolve_model
 from ..models.tokenizer_files import byte_tokenizer_folder, prepare_tokenizer
 from ..models.weights import iter_dummy_weights, iter_weights
 from .kv_cache import KVCache, bytes_per_block
+from .memory import pool_budget
 
 Progress = Callable[[str], None]
 
@@ -61,7 +62,7 @@ def load_model(config: EngineConfig, progress: Progress) -> LoadedModel:
         else iter_weights(source, model_config, dtype=dtype, device=device, progress=_Percent(progress))
     )
     decoder.load_weights(weights)
-    num_blocks = _pool_blocks(config, model_config, dtype, device, max_model_len)
+    num_blocks = _pool_blocks(config, decoder, max_model_len)
     if num_blocks * config.block_size < max_model_len:
         if config.max_model_len:
             raise BadRequest(
@@ -124,24 +125,28 @@ def _tokenizer_folder(source: ModelSource, config: ModelConfig, progress: Progre
         return byte_tokenizer_folder(config.vocab_size)
 
 
-def _pool_blocks(
-    config: EngineConfig, model: ModelConfig, dtype: torch.dtype, device: torch.device, max_model_len: int
-) -> int:
+def _pool_blocks(config: EngineConfig, decoder: LlamaDecoder, max_model_len: int) -> int:
     """Blocks of the pool: the setting, else what fits, and never more than all sequences at full length need."""
     if config.max_num_blocks is not None:
         return config.max_num_blocks
-    block_bytes = bytes_per_block(model, block_size=config.block_size, dtype=dtype)
-    if device.type == "cuda":
-        free, total = torch.cuda.mem_get_info(device)
-        budget = int(total * config.gpu_memory_utilization) - (total - free)
+    block_bytes = bytes_per_block(decoder.config, block_size=config.block_size, dtype=decoder.dtype)
+    if decoder.device.type == "cuda":
+        budget = pool_budget(
+            decoder,
+            gpu_memory_utilization=config.gpu_memory_utilization,
+            max_num_batched_tokens=config.max_num_batched_tokens,
+            max_num_seqs=config.max_num_seqs,
+            max_model_len=max_model_len,
+            block_size=config.block_size,
+        )
     else:
         budget = int(psutil.virtual_memory().available * _CPU_POOL_SHARE)
     most = config.max_num_seqs * -(-max_model_len // config.block_size)
     num_blocks = min(budget // block_bytes, most)
     if num_blocks < 1:
         raise LoadFailed(
-            f"no memory is left for the KV pool on {device}: a block takes {block_bytes} bytes, {max(budget, 0)} are "
-            "left; choose a smaller model, a larger gpu_memory_utilization, or set max_num_blocks"
+            f"no memory is left for the KV pool on {decoder.device}: a block takes {block_bytes} bytes, "
+            f"{max(budget, 0)} are left; choose a smaller model, a larger gpu_memory_utilization, or set max_num_blocks"
         )
     return num_blocks
 

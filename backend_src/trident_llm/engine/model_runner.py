@@ -39,6 +39,9 @@ class StepResult:
 class ModelRunner:
     """Owns the decoder and the KV cache. This one computes on the CPU, within ``launch``."""
 
+    graph_bytes = 0
+    """Memory of CUDA graphs."""
+
     def __init__(self, decoder: LlamaDecoder, kv_cache: KVCache, *, device: torch.device) -> None:
         self.decoder = decoder
         self.kv_cache = kv_cache
@@ -58,6 +61,9 @@ class ModelRunner:
         self._tokens_before = torch.tensor([token.token_id for token in tokens], dtype=torch.int64)
         return StepResult(lambda: tokens)
 
+    def forget(self, seq: Sequence) -> None:
+        """The sequence has ended. Nothing is kept for it here."""
+
     def _copy_blocks(self, output: SchedulerOutput) -> None:
         if output.block_copies:
             self.kv_cache.copy_blocks(
@@ -69,7 +75,7 @@ class ModelRunner:
             return []
         if len(samples) > logits.shape[0]:
             logits = logits[torch.tensor([entry.row for entry in samples], device=self.device)]
-        sampled = sample(logits, [sampling_row(entry) for entry in samples])
+        sampled = sample(logits, [self._sampling_row(entry) for entry in samples])
         return [
             SampledToken(entry.seq, token_id, logprobs)
             for entry, token_id, logprobs in zip(samples, sampled.token_ids, sampled.logprobs, strict=True)
@@ -101,13 +107,15 @@ class ModelRunner:
         )
 
 
-def sampling_row(entry: Sample) -> SamplingRow:
-    seq = entry.seq
-    return SamplingRow(
-        params=seq.params,
-        sample_index=seq.sample_index,
-        position=entry.position,
-        token_ids=seq.token_ids,
-        num_prompt_tokens=seq.num_prompt_tokens,
-        stop_ids=seq.stop_ids,
-    )
+    def _sampling_row(self, entry: Sample) -> SamplingRow:
+        seq, tokens = entry.seq, entry.seq.token_ids
+        if len(tokens) < entry.position:
+            tokens = [*tokens, int(self._tokens_before[self._sampled_before[seq]])]
+        return SamplingRow(
+            params=seq.params,
+            sample_index=seq.sample_index,
+            position=entry.position,
+            token_ids=tokens,
+            num_prompt_tokens=seq.num_prompt_tokens,
+            stop_ids=seq.stop_ids,
+        )

@@ -70,9 +70,7 @@ class Sequence:
     @property
     def num_remaining(self) -> int:
         """Tokens that can be computed now: none when all that is left is to learn what was sampled."""
-        if self.num_tokens >= self.max_total_tokens or (self.num_pending and self.params.has_penalties):
-            return 0
-        return self.num_tokens - self.num_computed
+        return 0 if self.num_tokens >= self.max_total_tokens else self.num_tokens - self.num_computed
 
     @property
     def order(self) -> tuple[int, int]:

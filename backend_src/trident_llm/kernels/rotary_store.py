@@ -70,11 +70,14 @@ def _rotary_store_kernel(
             largest = tl.maximum(tl.max(tl.abs(low.to(tl.float32)), 1), tl.max(tl.abs(high.to(tl.float32)), 1))
             scale = tl.maximum(largest, 1e-12)[:, None] / FP8_LIMIT
             tl.store(kv_scales + row, scale, mask=(head >= NUM_HEADS) & (head < NUM_HEADS + 2 * NUM_KV_HEADS))
-            low = tl.clamp(low.to(tl.float32) / scale, -FP8_LIMIT, FP8_LIMIT)
-            high = tl.clamp(high.to(tl.float32) / scale, -FP8_LIMIT, FP8_LIMIT)
+            kept_low = tl.clamp(low.to(tl.float32) / scale, -FP8_LIMIT, FP8_LIMIT)
+            kept_high = tl.clamp(high.to(tl.float32) / scale, -FP8_LIMIT, FP8_LIMIT)
+        else:
+            kept_low = low
+            kept_high = high
         target = kv_cache + row * HEAD_DIM + dims
-        tl.store(target, low.to(kv_cache.dtype.element_ty), mask=stored)
-        tl.store(target + HALF, high.to(kv_cache.dtype.element_ty), mask=stored)
+        tl.store(target, kept_low.to(kv_cache.dtype.element_ty), mask=stored)
+        tl.store(target + HALF, kept_high.to(kv_cache.dtype.element_ty), mask=stored)
 
 
 def rotary_embed_and_store_kv(

@@ -51,13 +51,20 @@ def _streams_weight(x: Tensor, weight: Tensor, max_rows: int) -> bool:
 
 
 class TritonLanguageKernels:
-    """Implements ``Kernels`` on one CUDA device. Holds no tensors: workspaces come from torch's allocator."""
+    """Implements ``Kernels`` on one CUDA device. Holds no tensors: workspaces come from torch's allocator.
 
-    def __init__(self, device: torch.device) -> None:
+    num_processors: multiprocessors of the device. pdl: whether it knows programmatic dependent launch.
+    """
+
+    def __init__(self, *, num_processors: int, pdl: bool) -> None:
+        self._num_processors = num_processors
+        self._pdl = pdl
+
+    @classmethod
+    def for_device(cls, device: torch.device) -> TritonLanguageKernels:
         properties = torch.cuda.get_device_properties(device)
-        self._num_processors = properties.multi_processor_count
         # Programmatic dependent launch came with compute capability 9.0.
-        self._pdl = properties.major >= 9
+        return cls(num_processors=properties.multi_processor_count, pdl=properties.major >= 9)
 
     def pack_linear(self, weight: Tensor) -> Tensor:
         return weight.contiguous()

@@ -59,6 +59,7 @@ class LlamaDecoder:
         self.config = config
         self.dtype = dtype
         self.device = device
+        self.max_model_len = max_model_len
         self.num_bytes = 0
         """Bytes of the loaded weights, each parameter once."""
         self._kernels = kernels_for(device)

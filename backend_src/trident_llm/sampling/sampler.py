@@ -1,7 +1,7 @@
 """Sampler: logits and sampling parameters in, one token per row out. Torch twin; runs on any device.
 
-Order, as in vLLM: min_tokens mask, logit bias, penalties, temperature, min-p, top-k, top-p. Log-probabilities are those of
-the untouched logits.
+Order, as in vLLM: min_tokens mask, logit bias, penalties, temperature, min-p, top-k, top-p. Log-probabilities are
+those of the untouched logits.
 """
 
 from __future__ import annotations
@@ -15,7 +15,7 @@ from torch import Tensor
 from ..protocol import SamplingParams, TokenLogprobs, TopLogprob
 from .philox import uniform
 
-_GREEDY_TEMPERATURE = 1e-5
+GREEDY_TEMPERATURE = 1e-5
 """Below this the largest logit is taken: dividing by less overflows float32."""
 _CANDIDATES = 1024
 """Top-p looks at this many tokens first; only when they hold too little mass is the whole vocabulary sorted."""
@@ -29,7 +29,7 @@ class SamplingRow:
     sample_index: int
     position: int
     token_ids: Seq[int]
-    """Prompt, then output. With penalties all tokens before it, else as many as are known."""
+    """The tokens before it: prompt, then output."""
     num_prompt_tokens: int
     stop_ids: frozenset[int]
 
@@ -56,7 +56,7 @@ def sample(logits: Tensor, rows: Seq[SamplingRow]) -> SampledTokens:
         for i in changed:
             _change_logits(logits[i], rows[i])
     token_ids = torch.argmax(logits, dim=-1).tolist()
-    random = [i for i, row in enumerate(rows) if row.params.temperature >= _GREEDY_TEMPERATURE]
+    random = [i for i, row in enumerate(rows) if row.params.temperature >= GREEDY_TEMPERATURE]
     if random:
         drawn = _draw(logits[random], [rows[i] for i in random])
         for i, token_id in zip(random, drawn, strict=True):

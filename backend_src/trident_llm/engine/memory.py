@@ -1,0 +1,72 @@
+"""How much GPU memory a step needs besides weights and KV cache: measured by running the largest one."""
+
+from __future__ import annotations
+
+import torch
+
+from ..models.llama import LlamaDecoder
+from .batch import AttentionMetadata, ModelInput
+from .kv_cache import KVCache
+
+_PENALTY_BYTES = 5
+"""Per sequence and vocabulary entry: an int32 count and a prompt flag."""
+
+
+@torch.inference_mode()
+def worst_step_bytes(decoder: LlamaDecoder, *, max_num_batched_tokens: int, max_num_seqs: int, block_size: int) -> int:
+    """Peak bytes of a step with ``max_num_batched_tokens`` prompt tokens and logits for ``max_num_seqs`` rows."""
+    device = decoder.device
+    num_blocks = -(-max_num_batched_tokens // block_size)
+    kv_cache = KVCache(
+        decoder.config, num_blocks=num_blocks, block_size=block_size, dtype=decoder.dtype, device=device
+    )
+    tokens = torch.arange(max_num_batched_tokens, device=device)
+    attention = AttentionMetadata(
+        slot_mapping=tokens,
+        block_tables=torch.arange(num_blocks, dtype=torch.int32, device=device)[None],
+        cu_seqlens_q=torch.tensor([0, max_num_batched_tokens], dtype=torch.int32, device=device),
+        context_lens=torch.tensor([max_num_batched_tokens], dtype=torch.int32, device=device),
+        seq_lens_q=(max_num_batched_tokens,),
+        context_lens_host=(max_num_batched_tokens,),
+        num_decodes=0,
+        block_size=block_size,
+    )
+    model_input = ModelInput(
+        token_ids=tokens % decoder.config.vocab_size,
+        positions=tokens % decoder.max_model_len,
+        logits_rows=tokens[:max_num_seqs],
+        attention=attention,
+    )
+    torch.cuda.synchronize(device)
+    torch.cuda.reset_peak_memory_stats(device)
+    before = torch.cuda.memory_allocated(device)
+    decoder.forward(model_input, kv_cache)
+    torch.cuda.synchronize(device)
+    return torch.cuda.max_memory_allocated(device) - before
+
+
+def pool_budget(
+    decoder: LlamaDecoder,
+    *,
+    gpu_memory_utilization: float,
+    max_num_batched_tokens: int,
+    max_num_seqs: int,
+    max_model_len: int,
+    block_size: int,
+) -> int:
+    """Bytes left for the KV pool on the decoder's GPU.
+
+    Kept back: what is in use now, the worst step, as much again for the CUDA graphs (whose largest is smaller than that
+    step), the penalty counts and three copies of the block tables.
+    """
+    step = worst_step_bytes(
+        decoder,
+        max_num_batched_tokens=max_num_batched_tokens,
+        max_num_seqs=max_num_seqs,
+        block_size=block_size,
+    )
+    torch.cuda.empty_cache()
+    free, total = torch.cuda.mem_get_info(decoder.device)
+    counts = max_num_seqs * decoder.config.vocab_size * _PENALTY_BYTES
+    tables = 3 * 4 * max_num_seqs * -(-max_model_len // block_size)
+    return int(total * gpu_memory_utilization) - (total - free) - 2 * step - counts - tables

@@ -1,0 +1,134 @@
+"""StepBuffers: a step's inputs on the device, at addresses that depend on the step's sizes alone.
+
+The host packs everything into one pinned buffer, so a step costs one copy to the device, and a CUDA graph captured for
+some sizes finds its inputs in the same place every time.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from typing import Any
+
+import numpy as np
+import torch
+from torch import Tensor
+
+_TOKEN_FIELDS = {"token_ids": "int64", "positions": "int64", "slots": "int64", "sources": "int64"}
+_SEQ_FIELDS = {"context_lens": "int32", "cu_seqlens_q": "int32"}
+_ROW_FIELDS = {"logits_rows": "int64"}
+_SAMPLE_FIELDS = {
+    "seed": "int64",
+    "sample_index": "int64",
+    "position": "int64",
+    "row": "int64",
+    "temperature": "float32",
+    "top_p": "float32",
+    "min_p": "float32",
+    "top_k": "int32",
+    "penalty_slot": "int32",
+    "repetition_penalty": "float32",
+    "frequency_penalty": "float32",
+    "presence_penalty": "float32",
+}
+
+
+@dataclass(frozen=True)
+class StepSizes:
+    """T tokens of S sequences, R rows of logits and N samples."""
+
+    num_tokens: int
+    num_seqs: int
+    num_rows: int
+    num_samples: int
+
+    def fields(self) -> dict[str, tuple[str, int]]:
+        """dtype and length of each field. cu_seqlens_q has one entry more than there are sequences."""
+        lengths = {
+            **dict.fromkeys(_TOKEN_FIELDS, self.num_tokens),
+            **dict.fromkeys(_ROW_FIELDS, self.num_rows),
+            **dict.fromkeys(_SAMPLE_FIELDS, self.num_samples),
+            "context_lens": self.num_seqs,
+            "cu_seqlens_q": self.num_seqs + 1,
+        }
+        dtypes = {**_TOKEN_FIELDS, **_SEQ_FIELDS, **_ROW_FIELDS, **_SAMPLE_FIELDS}
+        return {name: (dtypes[name], length) for name, length in lengths.items()}
+
+
+@dataclass(frozen=True)
+class _Layout:
+    offsets: Mapping[str, tuple[str, int, int]]
+    """dtype, byte offset and length by field."""
+    num_bytes: int
+
+
+def _layout(sizes: StepSizes) -> _Layout:
+    offsets, end = {}, 0
+    for name, (dtype, length) in sizes.fields().items():
+        # 16 bytes: what vectorised loads and dtype views ask for.
+        offsets[name] = dtype, end, length
+        end = -(-(end + length * np.dtype(dtype).itemsize) // 16) * 16
+    return _Layout(offsets, end)
+
+
+class StepBuffers:
+    """Room for the largest step. Two pinned buffers take turns: the copy from one may still run when the next step is
+    packed, but not the copy before it, because its step has been waited for.
+
+    ``block_tables`` [max_seqs, table_width] int32 is separate: only the columns in use are sent.
+    """
+
+    def __init__(self, largest: StepSizes, *, table_width: int, device: torch.device) -> None:
+        num_bytes = _layout(largest).num_bytes
+        self._arena = torch.zeros(num_bytes, dtype=torch.uint8, device=device)
+        pinned = device.type == "cuda"
+        self._host = [torch.zeros(num_bytes, dtype=torch.uint8, pin_memory=pinned) for _ in range(2)]
+        self._host_tables = [
+            torch.zeros(largest.num_seqs * table_width, dtype=torch.int32, pin_memory=pinned) for _ in range(2)
+        ]
+        self._table_arena = torch.zeros(largest.num_seqs * table_width, dtype=torch.int32, device=device)
+        self.block_tables = torch.zeros(largest.num_seqs, table_width, dtype=torch.int32, device=device)
+        self._turn = 0
+        self._layouts: dict[StepSizes, _Layout] = {}
+
+    def views(self, sizes: StepSizes) -> dict[str, Tensor]:
+        """The fields on the device. Equal sizes give equal addresses."""
+        return {
+            name: self._arena[offset : offset + length * np.dtype(dtype).itemsize].view(getattr(torch, dtype))
+            for name, (dtype, offset, length) in self._layout_of(sizes).offsets.items()
+        }
+
+    def upload(self, sizes: StepSizes, values: Mapping[str, Sequence[Any]], tables: Sequence[Sequence[int]]) -> None:
+        """Send a step. A field with fewer values than ``sizes`` says keeps zeros behind them, except that ``slots`` is
+        filled with -1 (nothing is stored), ``sources`` and ``penalty_slot`` with -1 (none), and ``cu_seqlens_q`` with
+        its last value (sequences without tokens)."""
+        layout = self._layout_of(sizes)
+        self._turn ^= 1
+        host = self._host[self._turn].numpy()
+        for name, (dtype, offset, length) in layout.offsets.items():
+            given = values[name]
+            view = host[offset : offset + length * np.dtype(dtype).itemsize].view(dtype)
+            view[: len(given)] = given
+            view[len(given) :] = given[-1] if name == "cu_seqlens_q" else _FILL.get(name, 0)
+        self._arena[: layout.num_bytes].copy_(self._host[self._turn][: layout.num_bytes], non_blocking=True)
+        self._upload_tables(tables)
+
+    def _upload_tables(self, tables: Sequence[Sequence[int]]) -> None:
+        width = max(map(len, tables))
+        host = self._host_tables[self._turn][: len(tables) * width]
+        rows = host.numpy().reshape(len(tables), width)
+        for row, table in zip(rows, tables, strict=True):
+            row[: len(table)] = table
+        arena = self._table_arena[: len(tables) * width]
+        arena.copy_(host, non_blocking=True)
+        self.block_tables[: len(tables), :width].copy_(arena.view(len(tables), width))
+
+    def _layout_of(self, sizes: StepSizes) -> _Layout:
+        if sizes not in self._layouts:
+            if len(self._layouts) > 4096:
+                self._layouts.clear()
+            self._layouts[sizes] = _layout(sizes)
+        return self._layouts[sizes]
+
+
+_FILL = {"slots": -1, "sources": -1, "penalty_slot": -1}

@@ -1,0 +1,145 @@
+"""The engine on a GPU gives what it gives on the CPU: graphs, lookahead and device sampling change no token."""
+
+from __future__ import annotations
+
+import itertools
+import random
+
+import pytest
+import torch
+
+from tests.fakes.tiny_models import write_tiny_llama
+from trident_llm import EngineConfig
+from trident_llm.engine.engine import EngineCore
+from trident_llm.protocol import SampleStart, SamplingParams, Submit
+
+pytestmark = pytest.mark.gpu
+_names = itertools.count()
+
+
+@pytest.fixture(scope="module")
+def model_folder(tmp_path_factory):
+    return write_tiny_llama(
+        tmp_path_factory.mktemp("tiny"), hidden=256, heads=8, kv_heads=2, head_dim=64, layers=3, vocab=1000
+    )
+
+
+def make_core(folder, device, **settings):
+    defaults = {"dtype": "fp32", "max_num_blocks": 512, "block_size": 16, "max_num_seqs": 40}
+    return EngineCore(EngineConfig(model=str(folder), device=device, **{**defaults, **settings}))
+
+
+def random_requests(count, seed=0, longest=60, **fixed):
+    """Requests that use every option the sampler has."""
+    rng = random.Random(seed)
+    requests = []
+    for index in range(count):
+        options = {
+            "temperature": rng.choice([0.0, 0.0, 0.7, 1.3]),
+            "repetition_penalty": rng.choice([1.0, 1.0, 1.2]),
+            "frequency_penalty": rng.choice([0.0, 0.0, 0.5]),
+            "logit_bias": rng.choice([{}, {}, {5: 2.0, 900: -3.0}]),
+            "min_tokens": rng.choice([0, 5]),
+            "logprobs": rng.choice([None, None, 2]),
+            **fixed,
+        }
+        params = SamplingParams(seed=index, max_tokens=rng.randint(1, 24), ignore_eos=bool(index % 2), **options)
+        samples = [SampleStart(index=i) for i in range(rng.choice([1, 1, 1, 3]))]
+        prompt = [rng.randrange(5, 1000) for _ in range(rng.randint(1, longest))]
+        requests.append(Submit(request_id=f"r{next(_names)}", prompt_ids=prompt, params=params, samples=samples))
+    return requests
+
+
+def run(core, requests):
+    """All tokens by (request, sample), after everything has ended."""
+    for request in requests:
+        core.add(request)
+    tokens, reasons = {}, {}
+    while core.has_work():
+        for delta in core.step():
+            key = (delta.request_id, delta.sample_index)
+            tokens.setdefault(key, []).extend(delta.token_ids)
+            reasons[key] = delta.finish_reason
+            core.check_integrity()
+    return tokens, reasons
+
+
+@pytest.mark.parametrize(
+    ("settings", "preempts"),
+    [
+        ({}, False),
+        ({"max_num_batched_tokens": 64}, False),
+        ({"max_num_blocks": 24, "prefix_caching": False}, True),
+        ({"block_size": 32, "max_num_blocks": 200}, False),
+    ],
+    ids=["whole", "chunked", "small-pool", "blocks-of-32"],
+)
+def test_tokens_equal_those_of_the_cpu(model_folder, settings, preempts):
+    requests = random_requests(60)
+    expected, reasons = run(make_core(model_folder, "cpu"), requests)
+    core = make_core(model_folder, "cuda", **settings)
+    got, got_reasons = run(core, requests)
+    assert got == expected and got_reasons == reasons
+    assert (core.stats()["preemptions_total"] > 0) == preempts
+    assert core.stats()["kv_blocks_used"] == 0
+
+
+def test_logprobs_equal_those_of_the_cpu(model_folder):
+    requests = random_requests(12, seed=3, logprobs=3)
+    entries = {}
+    for device in ("cpu", "cuda"):
+        core = make_core(model_folder, device)
+        for request in requests:
+            core.add(request)
+        found = entries[device] = {}
+        while core.has_work():
+            for delta in core.step():
+                found.setdefault((delta.request_id, delta.sample_index), []).extend(delta.logprobs)
+    assert entries["cpu"].keys() == entries["cuda"].keys()
+    for key, on_cpu in entries["cpu"].items():
+        for ours, theirs in zip(entries["cuda"][key], on_cpu, strict=True):
+            assert ours.token_id == theirs.token_id and ours.rank == theirs.rank
+            assert ours.logprob == pytest.approx(theirs.logprob, abs=1e-4)
+            assert [top.token_id for top in ours.top] == [top.token_id for top in theirs.top]
+
+
+@pytest.mark.parametrize("dtype", ["bf16", "fp16"])
+def test_logits_are_near_those_of_float32_for_every_bucket_and_chunk(model_folder, dtype):
+    """Teacher-forced: the log-probabilities of given tokens, through chunks of several sizes and all graph buckets."""
+    rng = random.Random(7)
+    for count in (1, 2, 3, 4, 8, 13, 16, 24, 40):
+        requests = random_requests(
+            count, seed=rng.randrange(1000), longest=200, logprobs=0, temperature=0.0, repetition_penalty=1.0,
+            frequency_penalty=0.0, logit_bias={}, min_tokens=0,
+        )  # fmt: skip
+        budget = rng.choice([48, 64, 128, 2048])
+        core = make_core(model_folder, "cuda", dtype=dtype, max_num_batched_tokens=budget, max_num_blocks=1024)
+        expected_of = _reference_logprobs(model_folder)
+        for request in requests:
+            core.add(request)
+        tokens, logprobs = {}, {}
+        while core.has_work():
+            for delta in core.step():
+                key = (delta.request_id, delta.sample_index)
+                tokens.setdefault(key, []).extend(delta.token_ids)
+                logprobs.setdefault(key, []).extend(entry.logprob for entry in delta.logprobs)
+        for request in requests:
+            for start in request.samples:
+                key = (request.request_id, start.index)
+                reference = expected_of(request.prompt_ids, tokens[key])
+                error = max(abs(a - b) for a, b in zip(logprobs[key], reference, strict=True))
+                assert error < (0.15 if dtype == "bf16" else 0.02), (count, budget, error)
+
+
+def _reference_logprobs(folder):
+    from transformers import AutoModelForCausalLM
+
+    model = AutoModelForCausalLM.from_pretrained(folder, dtype=torch.float32)
+
+    def logprobs(prompt_ids, output_ids):
+        with torch.inference_mode():
+            logits = model(torch.tensor([[*prompt_ids, *output_ids]])).logits[0].float()
+        rows = torch.log_softmax(logits, dim=-1)[len(prompt_ids) - 1 : -1]
+        return [float(row[token]) for row, token in zip(rows, output_ids, strict=True)]
+
+    return logprobs

@@ -1,0 +1,149 @@
+"""Paged attention in the Triton language against softmax in float64, one token at a time."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+import pytest
+import torch
+
+from tests.fakes.paged_steps import Chunk, PagedSteps
+from tests.kernels.cuda_cases import DEVICE, DTYPES, HALF_DTYPES, PDL, assert_close, poisoned, random_tensor
+from trident_llm.kernels.decode_attention import (
+    DecodeConfig,
+    allocate_workspace,
+    choose_num_splits,
+    decode_attention,
+)
+from trident_llm.kernels.prefill_attention import prefill_attention
+
+pytestmark = pytest.mark.gpu
+
+CHUNKS = [Chunk(0, 0, 150), Chunk(1, 30, 33), Chunk(2, 0, 1), Chunk(3, 97, 2), Chunk(4, 140, 17)]
+"""Whole prompts, one of a single token, and later chunks."""
+DECODES = [Chunk(0, 159, 1), Chunk(1, 0, 1), Chunk(2, 63, 1), Chunk(3, 64, 1), Chunk(4, 100, 1)]
+
+
+@dataclass(frozen=True)
+class Case:
+    heads: tuple[int, int] = (6, 2)
+    head_dim: int = 64
+    block_size: int = 16
+    window: int | None = None
+    soft_cap: float | None = None
+    dtype: torch.dtype = torch.float16
+    fp8: bool = False
+
+
+CASES = [
+    *(Case(dtype=dtype) for dtype in DTYPES),
+    Case(heads=(8, 2), head_dim=128, window=40, soft_cap=5.0, dtype=HALF_DTYPES[-1]),
+    Case(heads=(4, 4), head_dim=80, block_size=8, dtype=HALF_DTYPES[-1]),
+    Case(heads=(7, 1), head_dim=96, block_size=128, dtype=HALF_DTYPES[-1]),
+    Case(heads=(2, 1), head_dim=256, block_size=32, window=17, dtype=HALF_DTYPES[-1]),
+    Case(heads=(8, 2), head_dim=128, fp8=True, dtype=HALF_DTYPES[-1]),
+]
+
+
+class PagedCase:
+    """A filled cache and queries for chunks; ``expected`` is what attention over them is."""
+
+    def __init__(self, case: Case, chunks: list[Chunk]) -> None:
+        num_heads, num_kv_heads = case.heads
+        self.steps = PagedSteps(6, max_len=160, block_size=case.block_size, device=DEVICE)
+        self.metadata = self.steps.metadata(chunks)
+        shape = (self.steps.num_blocks, case.block_size, 2, num_kv_heads, case.head_dim)
+        total = sum(chunk.num_tokens for chunk in chunks)
+        self.q = random_tensor(total, num_heads, case.head_dim, dtype=case.dtype, seed=1)
+        self.scale = 1.5 * case.head_dim**-0.5
+        # Every slot holds something, so that reading one slot too many shows.
+        cache = random_tensor(*shape, dtype=case.dtype)
+        self.kv_scales = None
+        values = cache.float()
+        if case.fp8:
+            self.kv_scales = random_tensor(*shape[:-1], seed=2).abs() + 0.5
+            cache = values.to(torch.float8_e4m3fn)
+            values = cache.float() * self.kv_scales[..., None]
+        self.cache = cache
+        self.expected = self._attend(case, chunks, values.view(-1, 2, num_kv_heads, case.head_dim))
+
+    def _attend(self, case: Case, chunks: list[Chunk], slots: torch.Tensor) -> torch.Tensor:
+        group = case.heads[0] // case.heads[1]
+        rows = []
+        for chunk in chunks:
+            ids = self.steps.slots(chunk.seq, 0, chunk.start + chunk.num_tokens)
+            k, v = slots[ids].double().repeat_interleave(group, 2).unbind(1)
+            for position in range(chunk.start, chunk.start + chunk.num_tokens):
+                first = 0 if case.window is None else max(0, position - case.window + 1)
+                query = self.q[len(rows)].double()
+                scores = torch.einsum("hd,nhd->hn", query, k[first : position + 1]) * self.scale
+                if case.soft_cap is not None:
+                    scores = case.soft_cap * torch.tanh(scores / case.soft_cap)
+                rows.append(torch.einsum("hn,nhd->hd", torch.softmax(scores, 1), v[first : position + 1]))
+        return torch.stack(rows)
+
+
+@pytest.mark.parametrize("case", CASES, ids=str)
+def test_prefill(case: Case) -> None:
+    paged = PagedCase(case, CHUNKS)
+    # Rows around the chunks belong to others: the launcher takes rows from cu_seqlens_q on.
+    q = torch.cat([poisoned(2, *paged.q.shape[1:], dtype=case.dtype), paged.q])
+    out = poisoned(*q.shape, dtype=case.dtype)
+    prefill_attention(
+        q, paged.cache, paged.metadata.block_tables, paged.metadata.cu_seqlens_q + 2, paged.metadata.context_lens, out,
+        num_tokens=paged.q.shape[0], scale=paged.scale, soft_cap=case.soft_cap, sliding_window=case.window,
+        kv_scales=paged.kv_scales, pdl=PDL,
+    )  # fmt: skip
+    assert out[:2].isnan().all()
+    assert_close(out[2:], paged.expected)
+
+
+@pytest.mark.parametrize("num_splits", [1, 3])
+@pytest.mark.parametrize("case", CASES, ids=str)
+def test_decode(case: Case, num_splits: int) -> None:
+    paged = PagedCase(case, DECODES)
+    num_seqs, num_heads, head_dim = paged.q.shape
+    workspace = allocate_workspace(num_seqs, num_heads, num_splits, head_dim, paged.q.device)
+    for tensor in (workspace.partials, workspace.log_sums):
+        tensor.fill_(float("nan"))
+    out = poisoned(*paged.q.shape, dtype=case.dtype)
+    decode_attention(
+        paged.q, paged.cache, paged.metadata.block_tables, paged.metadata.context_lens, out, workspace,
+        num_splits=num_splits, scale=paged.scale, soft_cap=case.soft_cap, sliding_window=case.window,
+        kv_scales=paged.kv_scales, config=DecodeConfig(32, 4, 2), pdl=PDL,
+    )  # fmt: skip
+    assert_close(out, paged.expected)
+
+
+@pytest.mark.parametrize("num_splits", [1, 4])
+def test_decode_rows_that_pad_a_batch_give_zeros(num_splits: int) -> None:
+    paged = PagedCase(Case(), DECODES)
+    context_lens = paged.metadata.context_lens.clone()
+    context_lens[1] = 0
+    out = poisoned(*paged.q.shape, dtype=paged.q.dtype)
+    decode_attention(
+        paged.q, paged.cache, paged.metadata.block_tables, context_lens, out,
+        allocate_workspace(5, 6, num_splits, 64, paged.q.device), num_splits=num_splits, scale=paged.scale, pdl=PDL,
+    )  # fmt: skip
+    assert out[1].eq(0).all()
+    others = [0, 2, 3, 4]
+    assert_close(out[others], paged.expected[others])
+
+
+def test_sequences_without_tokens_and_a_larger_token_bound_are_harmless() -> None:
+    paged = PagedCase(Case(), CHUNKS[:2])
+    metadata = paged.metadata
+    tables = torch.cat([metadata.block_tables, metadata.block_tables[:1]])
+    starts = torch.cat([metadata.cu_seqlens_q, metadata.cu_seqlens_q[-1:]])
+    contexts = torch.cat([metadata.context_lens, metadata.context_lens.new_zeros(1)])
+    out = poisoned(*paged.q.shape, dtype=paged.q.dtype)
+    prefill_attention(
+        paged.q, paged.cache, tables, starts, contexts, out, num_tokens=paged.q.shape[0] + 77, scale=paged.scale, pdl=PDL
+    )
+    assert_close(out, paged.expected)
+
+
+def test_splits_fill_the_processors_but_not_beyond_the_context() -> None:
+    assert choose_num_splits(64, 8, 4096, 132) == 1
+    assert choose_num_splits(1, 8, 32768, 132) > 32
+    assert choose_num_splits(1, 8, 100, 132) == 1
