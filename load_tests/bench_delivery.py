@@ -43,6 +43,8 @@ class Case:
     first_token_ms_max: float
     late_first_token_ms: float
     num_cores: int
+    load_average: float
+    """Of the last minute, when the case began: more than num_cores means that others disturbed it."""
 
 
 def run_case(server: LiveServer, model: str, num_streams: int, num_tokens: int, step_ms: float, doors: int) -> Case:
@@ -50,6 +52,7 @@ def run_case(server: LiveServer, model: str, num_streams: int, num_tokens: int, 
     options: dict[str, object] = {"max_tokens": num_tokens}
     if model != "step_inside":
         options |= {"stream": True, "return_num_output_tokens": True}
+    load_average = round(os.getloadavg()[0], 1)
     submitted: dict[str, float] = {}
     first: dict[str, float] = {}
     with GrpcStream(server, model, batched=model != "llm_vllm") as stream:
@@ -83,6 +86,7 @@ def run_case(server: LiveServer, model: str, num_streams: int, num_tokens: int, 
         first_token_ms_max=round(max(waits), 1),
         late_first_token_ms=round(1000 * (first[LATE_REQUEST] - submitted[LATE_REQUEST]), 1),
         num_cores=len(os.sched_getaffinity(0)),
+        load_average=load_average,
     )
 
 

@@ -34,6 +34,12 @@ class Timing:
     output_tokens: int
 
 
+def mixed_shapes(count: int = 1000) -> list[Shape]:
+    """Prompts of 32 to 512 and outputs of 32 to 256 tokens, lengths from seed 0: the same on every run."""
+    lengths = random.Random(0)
+    return [Shape(lengths.randint(32, 512), lengths.randint(32, 256)) for _ in range(count)]
+
+
 def random_prompt(rng: random.Random, length: int, vocab_size: int) -> list[int]:
     return [rng.randrange(10, vocab_size) for _ in range(length)]
 
@@ -88,10 +94,8 @@ class Bench:
         return timing.output_tokens / timing.total
 
     def mixed(self, count: int = 1000) -> float:
-        """Requests/s with prompts of 32 to 512 and outputs of 32 to 256 tokens, lengths from seed 0."""
-        lengths = random.Random(0)
-        shapes = [Shape(lengths.randint(32, 512), lengths.randint(32, 256)) for _ in range(count)]
-        return count / self.run(shapes).total
+        """Requests/s of ``mixed_shapes``."""
+        return count / self.run(mixed_shapes(count)).total
 
 
 WORKLOADS: dict[str, tuple[str, Callable[[Bench], float]]] = {

@@ -12,7 +12,7 @@ import grpc.aio
 from tritonclient.grpc import service_pb2, service_pb2_grpc
 
 from .deadline import Deadline
-from .errors import Cancelled, NotFound, Overloaded, TridentError, from_rpc
+from .errors import BadRequest, Cancelled, NotFound, Overloaded, TridentError, from_rpc
 from .results import Chunk, Completion
 from .retry import RetryPolicy
 from .wire import (
@@ -39,12 +39,14 @@ class AsyncTridentClient:
         model: str = "llm",
         *,
         admin_model: str = "llm_admin",
+        admin_token: str = "",
         retry: RetryPolicy | None = None,
         credentials: grpc.ChannelCredentials | None = None,
     ) -> None:
         self.url = check_url(url)
         self.model = model
         self.admin_model = admin_model
+        self._admin_token = admin_token
         self.retry = retry or RetryPolicy()
         self._credentials = credentials
         self._channel: grpc.aio.Channel | None = None
@@ -86,7 +88,7 @@ class AsyncTridentClient:
 
     async def admin(self, command: str, *, timeout: float | None = None, **arguments: Any) -> dict[str, Any]:
         """Run a command of the admin door and return its result. Never retried: commands may change things."""
-        request = admin_request(self.admin_model, command, arguments)
+        request = admin_request(self.admin_model, command, self._admin_token, arguments)
         try:
             return admin_result(await self._stub().ModelInfer(request, timeout=Deadline.after(timeout).remaining()))
         except grpc.RpcError as error:
@@ -101,7 +103,7 @@ class AsyncTridentClient:
         return await self.admin("health")
 
     async def is_ready(self, timeout: float = 5.0) -> bool:
-        """Whether a request would be taken now: the server, the model and, with an admin door, the engine.
+        """Whether a request would be taken now: the server, the model and, where the admin door tells, the engine.
 
         False, too, when the server cannot be reached or does not say within ``timeout`` seconds.
         """
@@ -114,8 +116,8 @@ class AsyncTridentClient:
             return bool((await self.admin("health", timeout=deadline.remaining())).get("ready", False))
         except grpc.RpcError:
             return False
-        except NotFound:
-            return True  # a server without the admin door
+        except (NotFound, BadRequest):
+            return True  # there is no admin door, or it asks for a token that this client lacks
         except TridentError:
             return False
 

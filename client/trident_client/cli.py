@@ -35,7 +35,7 @@ def main(argv: Sequence[str] | None = None) -> int:
     arguments = _parser().parse_args(argv)
     _never_fail_on_text()
     try:
-        with TridentClient(arguments.url, arguments.model) as client:
+        with TridentClient(arguments.url, arguments.model, admin_token=arguments.admin_token) as client:
             code: int = arguments.run(client, arguments)
         return code
     except TridentError as error:
@@ -73,7 +73,7 @@ def _parser() -> argparse.ArgumentParser:
     add_options(chat)
     stats = _command(commands, "stats", "print the engine's statistics", _stats)
     stats.add_argument("--json", action="store_true", help="print them as JSON")
-    stats.add_argument("--admin-token", metavar="TEXT", help="the server's admin_token, where it has one")
+    stats.add_argument("--admin-token", default="", metavar="TEXT", help="the server's admin_token, where it has one")
     return parser
 
 
@@ -84,7 +84,7 @@ def _command(commands: Any, name: str, meaning: str, run: Any) -> argparse.Argum
     parser.add_argument("--url", default="localhost:8001", help="host:port of the gRPC endpoint (%(default)s)")
     parser.add_argument("--model", default="llm", help="the generation door (%(default)s)")
     parser.add_argument("--timeout", type=float, metavar="SECONDS", help="give up after this time (never)")
-    parser.set_defaults(run=run)
+    parser.set_defaults(run=run, admin_token="")
     return parser
 
 
@@ -138,8 +138,7 @@ def _chat(client: TridentClient, arguments: argparse.Namespace) -> int:
 
 
 def _stats(client: TridentClient, arguments: argparse.Namespace) -> int:
-    token = {} if arguments.admin_token is None else {"admin_token": arguments.admin_token}
-    stats = client.admin("stats", timeout=arguments.timeout, **token)
+    stats = client.admin("stats", timeout=arguments.timeout)
     print(json.dumps(stats, indent=2) if arguments.json else stats_table(stats), flush=True)
     return 0
 

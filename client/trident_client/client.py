@@ -11,7 +11,7 @@ import grpc
 from tritonclient.grpc import service_pb2, service_pb2_grpc
 
 from .deadline import Deadline
-from .errors import NotFound, Overloaded, TridentError, from_rpc
+from .errors import BadRequest, NotFound, Overloaded, TridentError, from_rpc
 from .results import Chunk, Completion
 from .retry import RetryPolicy
 from .wire import (
@@ -29,8 +29,9 @@ from .wire import (
 class TridentClient:
     """A connection to one server. Safe for threads: each generation is a gRPC stream of its own on a shared channel.
 
-    ``url`` is host:port of the server's gRPC endpoint, ``model`` the generation door, ``credentials`` turns TLS on.
-    Errors are those of ``trident_client.errors``. Close the client, or use it in a ``with`` statement.
+    ``url`` is host:port of the server's gRPC endpoint, ``model`` the generation door; ``admin_token`` is the server's
+    setting of that name; ``credentials`` turn TLS on. Errors are those of ``trident_client.errors``. Close the client,
+    or use it in a ``with`` statement.
     """
 
     def __init__(
@@ -39,12 +40,14 @@ class TridentClient:
         model: str = "llm",
         *,
         admin_model: str = "llm_admin",
+        admin_token: str = "",
         retry: RetryPolicy | None = None,
         credentials: grpc.ChannelCredentials | None = None,
     ) -> None:
         self.url = check_url(url)
         self.model = model
         self.admin_model = admin_model
+        self._admin_token = admin_token
         self.retry = retry or RetryPolicy()
         self._channel = (
             grpc.secure_channel(url, credentials, options=CHANNEL_OPTIONS)
@@ -94,7 +97,7 @@ class TridentClient:
 
     def admin(self, command: str, *, timeout: float | None = None, **arguments: Any) -> dict[str, Any]:
         """Run a command of the admin door and return its result. Never retried: commands may change things."""
-        request = admin_request(self.admin_model, command, arguments)
+        request = admin_request(self.admin_model, command, self._admin_token, arguments)
         try:
             return admin_result(self._stub.ModelInfer(request, timeout=Deadline.after(timeout).remaining()))
         except grpc.RpcError as error:
@@ -109,7 +112,7 @@ class TridentClient:
         return self.admin("health")
 
     def is_ready(self, timeout: float = 5.0) -> bool:
-        """Whether a request would be taken now: the server, the model and, with an admin door, the engine.
+        """Whether a request would be taken now: the server, the model and, where the admin door tells, the engine.
 
         False, too, when the server cannot be reached or does not say within ``timeout`` seconds.
         """
@@ -120,8 +123,8 @@ class TridentClient:
             return bool(response.ready and self.admin("health", timeout=deadline.remaining()).get("ready", False))
         except grpc.RpcError:
             return False
-        except NotFound:
-            return True  # a server without the admin door
+        except (NotFound, BadRequest):
+            return True  # there is no admin door, or it asks for a token that this client lacks
         except TridentError:
             return False
 
@@ -154,11 +157,17 @@ class TridentClient:
     def _attempt(self, request: service_pb2.ModelInferRequest, deadline: Deadline) -> Generator[Chunk, None, None]:
         call = self._stub.ModelStreamInfer(iter((request,)), timeout=deadline.remaining())
         decoder = AnswerDecoder()
+        failure = None
         try:
             for response in call:
                 yield from decoder.decode(response)
         except grpc.RpcError as error:
-            raise from_rpc(error, self.url) from None
+            failure = from_rpc(error.with_traceback(None), self.url)
         finally:
             call.cancel()
+            # No error that a caller keeps may refer to the call: gRPC's error is the call itself, and a call that is
+            # destroyed at the interpreter's exit can wait for ever for a lock of gRPC's thread, which is dead by then.
+            del call
+        if failure is not None:
+            raise failure
         decoder.check_complete()

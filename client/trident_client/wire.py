@@ -73,11 +73,15 @@ def generate_request(
     return request
 
 
-def admin_request(model: str, command: str, arguments: Mapping[str, Any]) -> service_pb2.ModelInferRequest:
-    """The request for one administrative command: ``command`` and ``arguments`` (JSON), each STRING [1]."""
+def admin_request(model: str, command: str, token: str, arguments: Mapping[str, Any]) -> service_pb2.ModelInferRequest:
+    """The request for one administrative command: ``command`` and ``arguments`` (JSON), each STRING [1].
+
+    A ``token`` that is not empty is one of the arguments.
+    """
     request = service_pb2.ModelInferRequest(model_name=model)
     _add_text(request, "command", command, [1])
-    _add_text(request, "arguments", _to_json("arguments", arguments), [1])
+    secret = {"admin_token": token} if token else {}
+    _add_text(request, "arguments", _to_json("arguments", {**secret, **arguments}), [1])
     return request
 
 

@@ -154,6 +154,8 @@ async def test_readiness_asks_the_engine_where_it_can():
         async with AsyncTridentClient(server.url) as client:
             server.results["health"] = {"ready": False}
             assert not await client.is_ready()
+            server.results.pop("health")  # refused, as without the admin token
+            assert await client.is_ready()
             server.has_admin = False
             assert await client.is_ready()
         async with AsyncTridentClient(server.url, model="nope") as other:

@@ -4,6 +4,7 @@ import gc
 import signal
 import threading
 import time
+from collections.abc import Iterator
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import closing
 
@@ -206,6 +207,24 @@ def test_no_server_is_unavailable_and_names_the_address():
         assert not client.is_ready()
 
 
+@pytest.mark.parametrize("failure", [Fail("[INTERNAL] broken"), Refuse(), Break(), Hang()])
+def test_a_kept_error_keeps_no_call_alive(failure: Fail | Refuse | Break | Hang):
+    def living_calls() -> int:
+        return sum(isinstance(thing, grpc.Call) and isinstance(thing, Iterator) for thing in gc.get_objects())
+
+    with FakeTriton(failure) as server, TridentClient(server.url, retry=RetryPolicy(retries=0)) as client:
+        gc.collect()
+        gc.disable()
+        try:
+            before = living_calls()
+            with pytest.raises(TridentError) as caught:
+                client.generate("Hi", stream=False, timeout=0.5)
+            assert caught.value.code
+            assert living_calls() == before
+        finally:
+            gc.enable()
+
+
 def test_a_timeout_ends_the_request_on_both_sides():
     with FakeTriton(Hang(("a",))) as server, TridentClient(server.url) as client:
         with pytest.raises(TimedOut):
@@ -235,6 +254,8 @@ def test_readiness_asks_the_engine_where_it_can():
         assert client.is_ready()
         server.results["health"] = {"ready": False}
         assert not client.is_ready()
+        server.results.pop("health")  # refused, as without the admin token
+        assert client.is_ready()
         server.has_admin = False
         assert client.is_ready()
         assert not TridentClient(server.url, model="nope").is_ready()

@@ -121,10 +121,15 @@ def test_hosts_may_be_names_and_addresses(url: str):
 
 
 def test_admin_arguments_are_json():
-    request = admin_request("llm_admin", "load", {"name": "a"})
+    request = admin_request("llm_admin", "load", "", {"name": "a"})
     sent = {tensor.name: tensor.contents.bytes_contents[0] for tensor in request.inputs}
     assert sent == {"command": b"load", "arguments": b'{"name": "a"}'}
     assert all(list(tensor.shape) == [1] for tensor in request.inputs)
+
+
+def test_the_admin_token_is_an_argument():
+    request = admin_request("llm_admin", "stats", "secret", {})
+    assert request.inputs[1].contents.bytes_contents[0] == b'{"admin_token": "secret"}'
 
 
 def test_an_admin_result_that_is_no_object_is_an_error():

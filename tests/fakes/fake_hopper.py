@@ -1,7 +1,8 @@
-"""A Triton-language driver that compiles for Hopper without a GPU: launchers run, kernels are compiled, none is started."""
+"""A Triton-language driver that compiles for Hopper without a GPU: launchers run, no kernel is started."""
 
 from __future__ import annotations
 
+import itertools
 from typing import Any
 
 import torch
@@ -36,8 +37,11 @@ class FakeHopperDriver:
     """``compiled`` lists (name, size of the machine code, bytes of shared memory) of every kernel that was launched."""
 
     launcher_cls = _Launcher
+    _numbers = itertools.count(1000)
 
     def __init__(self) -> None:
+        # Kernels are kept by device number: no other driver has this one, so none is shared.
+        self._number = next(self._numbers)
         self.compiled: list[tuple[str, int, int]] = []
         self.utils = _Utils(self)
 
@@ -45,7 +49,7 @@ class FakeHopperDriver:
         return GPUTarget("cuda", 90, 32)
 
     def get_current_device(self) -> int:
-        return 0
+        return self._number
 
     def get_current_stream(self, device: int) -> int:
         del device

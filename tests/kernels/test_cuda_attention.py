@@ -138,8 +138,9 @@ def test_sequences_without_tokens_and_a_larger_token_bound_are_harmless() -> Non
     contexts = torch.cat([metadata.context_lens, metadata.context_lens.new_zeros(1)])
     out = poisoned(*paged.q.shape, dtype=paged.q.dtype)
     prefill_attention(
-        paged.q, paged.cache, tables, starts, contexts, out, num_tokens=paged.q.shape[0] + 77, scale=paged.scale, pdl=PDL
-    )
+        paged.q, paged.cache, tables, starts, contexts, out, num_tokens=paged.q.shape[0] + 77, scale=paged.scale,
+        pdl=PDL,
+    )  # fmt: skip
     assert_close(out, paged.expected)
 
 

@@ -5,7 +5,7 @@ from __future__ import annotations
 import pytest
 import torch
 
-from tests.kernels.cuda_cases import DEVICE, DTYPES, PDL, assert_close, poisoned, random_tensor
+from tests.kernels.cuda_cases import DEVICE, DTYPES, INTERPRETED, PDL, assert_close, poisoned, random_tensor
 from trident_llm.kernels import reference
 from trident_llm.kernels.rms_norm import rms_norm
 from trident_llm.kernels.rotary_store import rotary_embed_and_store_kv
@@ -88,15 +88,18 @@ def test_rotary_and_store(heads: int, kv_heads: int, head_dim: int, dtype: torch
 
 @pytest.mark.parametrize("dtype", DTYPES)
 def test_fp8_store_scales_each_head_of_each_token(dtype: torch.dtype) -> None:
-    qkv = random_tensor(3, 8, 64, dtype=dtype) * torch.tensor([1e-3, 1.0, 50.0], dtype=dtype, device=DEVICE)[:, None, None]
+    sizes = torch.tensor([1e-3, 1.0, 50.0], dtype=dtype, device=DEVICE)
+    qkv = random_tensor(3, 8, 64, dtype=dtype) * sizes[:, None, None]
     cos, sin = angles(3, 64, dtype)
     cache = torch.zeros(2, 4, 2, 2, 64, dtype=torch.float8_e4m3fn, device=DEVICE)
     scales = torch.zeros(2, 4, 2, 2, device=DEVICE)
     slots = torch.tensor([5, 0, 2], device=DEVICE)
     rotary_embed_and_store_kv(qkv, cos, sin, cache, slots, kv_scales=scales, pdl=PDL)
     stored = cache.float().view(8, 4, 64)[slots] * scales.view(8, 4, 1)[slots]
+    # The interpreter cuts a value to fp8 where the GPU rounds it.
+    max_error = 0.07 if INTERPRETED else 0.03
     for token in range(3):
-        assert_close(stored[token], qkv[token, 4:].float(), max_error=0.04)
+        assert_close(stored[token], qkv[token, 4:].float(), max_error)
     largest = cache.float().abs().amax(-1).view(8, 4)[slots]
     assert largest.eq(448).all()
 

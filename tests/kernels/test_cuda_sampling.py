@@ -1,4 +1,4 @@
-"""Sampling in the Triton language: against the torch twin, and against a sort in float64 where ties and order matter."""
+"""Sampling in the Triton language against the torch twin, and against a sort in float64 where order matters."""
 
 from __future__ import annotations
 
@@ -111,9 +111,10 @@ def test_greedy_takes_the_first_of_the_largest() -> None:
 
 
 def test_untruncated_rows_equal_the_twin() -> None:
-    draws = [Draw(temperature=t, seed=s, sample_index=i, position=p) for t, s, i, p in
-             [(1.0, 7, 0, 11), (0.5, 2**63 + 5, 1, 12), (1.7, 2**64 - 1, 3, 4_000_000_000), (0.0, 1, 0, 0)]]  # fmt: skip
-    draws += [Draw(min_p=0.02, seed=3), Draw(min_p=1.0, seed=4)]
+    draws = [
+        Draw(), Draw(0.5, seed=2**63 + 5, sample_index=1), Draw(1.7, seed=2**64 - 1, position=4_000_000_000), Draw(0.0),
+        Draw(min_p=0.02, seed=3), Draw(min_p=1.0, seed=4),
+    ]  # fmt: skip
     logits = random_tensor(len(draws), VOCAB, scale=3.0)
     assert drawn(logits, draws) == twin(logits, draws)
 

@@ -118,9 +118,9 @@ def test_prompts_around_a_tile(length):
 
 def test_random_steps():
     rng = random.Random(1)
-    for _ in range(20):
+    for _ in range(40):
         sizes = sorted(rng.choice((1, 1, 1, rng.randint(2, 40))) for _ in range(rng.randint(1, 6)))
-        chunks = [Chunk(seq, rng.randint(0, 100), size) for seq, size in enumerate(sizes)]
+        chunks = [Chunk(seq, rng.choice((0, 3, rng.randint(0, 119))), size) for seq, size in enumerate(sizes)]
         check(chunks, block_size=rng.choice((4, 16)), window=rng.choice((None, None, rng.randint(1, 60))))
 
 

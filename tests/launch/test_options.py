@@ -51,6 +51,8 @@ def test_a_local_model_that_is_not_there_is_named(model: str) -> None:
         (["--only", "other", "--model", "a/b"], "llm, which is not among the models to load"),
         (["--only", "other", "--doors", "2"], "llm, which is not among the models to load"),
         (["--host", "no.such.host.invalid"], "not an IPv4 address, nor a name"),
+        (["--log", "/no/such/server.log"], "--log /no/such/server.log: no such file or directory"),
+        (["--log", "/"], "--log /: is a directory"),
         (["--host", "::1"], "not an IPv4 address, nor a name"),
     ],
 )

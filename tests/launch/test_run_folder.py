@@ -15,6 +15,7 @@ import psutil
 import pytest
 
 from trident_llm.errors import LoadFailed
+from trident_llm.launch import run_folder
 from trident_llm.launch.run_folder import RUN_VARIABLE, SHARED_MEMORY, RunFolder, new_run_folder, remove_stale
 from trident_llm.launch.watchdog import Watchdog
 
@@ -80,6 +81,22 @@ def test_clear_lets_processes_end_by_themselves(folder: Path) -> None:
         member = subprocess.Popen([sys.executable, "-c", script], env={**os.environ, RUN_VARIABLE: str(run.path)})
         run.clear(grace=20)
         assert has_ended(member) and (folder / "done").exists()
+
+
+def test_clear_removes_the_empty_folders_of_a_killed_backend(folder: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(run_folder, "BACKEND_FOLDERS", folder / "python_env_*")
+    with new_run_folder(folder) as run:
+        started = run.lock.stat().st_mtime
+        for name, age in {"before": -5, "mine": 5, "filled": 5, "after": 20}.items():
+            (folder / f"python_env_{name}").mkdir()
+            if name == "filled":
+                (folder / "python_env_filled/file").touch()
+            os.utime(folder / f"python_env_{name}", (started + age, started + age))
+        run.ready.touch()
+        os.utime(run.ready, (started + 10, started + 10))
+        run.clear()
+    left = sorted(path.name.removeprefix("python_env_") for path in folder.iterdir())
+    assert left == ["after", "before", "filled"]
 
 
 def test_what_a_dead_launch_left_is_removed(folder: Path) -> None:

@@ -27,8 +27,8 @@ def test_it_answers_and_leaves_nothing(serve: Launch) -> None:
     connection = serve.endpoint(seconds=90)
     assert "loading weights" in serve.output
     assert "> What is the capital of France?\nThe capital of France is Paris.\n(" in serve.output
-    command = "/v2/models/llm/generate"
-    connection.request("POST", command, json.dumps({"text_input": "The capital of France is", "max_tokens": 16}))
+    options = {"text_input": "The capital of France is", "max_tokens": 16, "temperature": 0}
+    connection.request("POST", "/v2/models/llm/generate", json.dumps(options))
     assert "Paris" in json.loads(connection.getresponse().read())["text_output"]
     running = start_endless_stream(serve)
     assert serve.end(signal.SIGINT) < END_SECONDS

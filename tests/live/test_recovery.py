@@ -18,7 +18,8 @@ from trident_llm.run_directory import RunDirectory
 from trident_llm.server.engine_watch import wait_for_end
 
 pytestmark = pytest.mark.live
-TOKEN = ("--set", "admin_token=secret")
+ARGUMENTS = ("--doors", "2", "--set", "max_queue_size=256", "--set", "admin_token=secret")
+"""Two doors of llm: each costs the server a second when it ends."""
 
 
 def kill_engine(server: LiveServer) -> None:
@@ -37,7 +38,7 @@ def wait_until_healthy(server: LiveServer, seconds: float = 10.0) -> None:
 
 
 def test_killed_engine_costs_no_token_in_either_door(tmp_path: Path):
-    with serve_fake(tmp_path, *TOKEN) as server:
+    with serve_fake(tmp_path, *ARGUMENTS) as server:
         with GrpcStream(server, "llm") as first, GrpcStream(server, "llm_vllm") as second:
             first.submit("first", stream=True, max_tokens=200)
             second.submit("second", stream=True, max_tokens=200)
@@ -66,7 +67,7 @@ def test_killed_engine_costs_no_token_in_either_door(tmp_path: Path):
 
 
 def test_other_door_takes_over_when_a_stub_is_killed(tmp_path: Path):
-    with serve_fake(tmp_path, *TOKEN) as server:
+    with serve_fake(tmp_path, *ARGUMENTS) as server:
         (folder,) = run_folders(server)
         engine = server.find_process("fake_engine")
         holder = engine.parent()
@@ -83,6 +84,22 @@ def test_other_door_takes_over_when_a_stub_is_killed(tmp_path: Path):
 
 
 def test_engine_that_does_not_load_gives_its_text_to_the_log(tmp_path: Path):
-    broken = serve_fake(tmp_path, "--set", "revision=broken")
+    broken = serve_fake(tmp_path, *ARGUMENTS, "--set", "revision=broken")
     with pytest.raises(LoadFailed, match=r"\[INTERNAL\] the fake model does not load"), broken:
         pass
+
+
+def test_engine_goes_and_comes_with_the_model_that_owns_it(tmp_path: Path):
+    with serve_fake(tmp_path, *ARGUMENTS, "--only", "llm,llm_vllm,llm_admin") as server:
+        client = server.grpc_client()
+        client.unload_model("llm")
+        wait_until(lambda: not run_folders(server), 20.0)
+        wait_until(lambda: generate(server, "llm_vllm", "hello").status == 400, 5.0)
+        answer = generate(server, "llm_vllm", "hello")
+        assert answer.body["error"] == "[UNAVAILABLE] the model that owns the engine is not loaded; retry after 2 s"
+        client.load_model("llm")
+        wait_until_healthy(server)
+        for model in ("llm", "llm_vllm"):
+            answer = generate(server, model, "hello", max_tokens=9, exclude_input_in_output=True)
+            assert answer.body["text_output"] == expected_text("hello", 9)
+        client.close()

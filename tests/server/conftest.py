@@ -3,17 +3,22 @@
 from __future__ import annotations
 
 import os
+import sys
 import tempfile
 from collections.abc import Callable, Iterator
 from pathlib import Path
 
 import pytest
 
+from tests.fakes import fake_backend_utils
 from tests.fakes.byte_tokenizer import write_byte_tokenizer
 from tests.fakes.engine_runs import Door, fake_launch, wait_until
 from trident_llm.run_directory import Launch, RunDirectory
 from trident_llm.server.engine_client import EngineClient
 from trident_llm.server.engine_watch import wait_for_end
+
+# The module exists inside the server's stub processes only.
+sys.modules.setdefault("triton_python_backend_utils", fake_backend_utils)
 
 
 @pytest.fixture

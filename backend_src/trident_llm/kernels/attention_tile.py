@@ -25,6 +25,8 @@ class ScoreScale:
 
 def score_scale(scale: float, soft_cap: float | None) -> ScoreScale:
     """Fold log2(e), and tanh(y) = 1 - 2 / (exp(2 y) + 1) where there is a soft cap, into two constants."""
+    if scale <= 0:
+        raise ValueError(f"scale is {scale}; it must be positive")
     if soft_cap is None:
         return ScoreScale(scale * _LOG2_E, 0.0)
     return ScoreScale(2.0 * _LOG2_E * scale / soft_cap, soft_cap * _LOG2_E)
@@ -89,18 +91,23 @@ def attend_tile(
         else:
             v = tl.load(v_pointers)
 
-    scores = tl.dot(q, tl.trans(k.to(q.dtype)), input_precision=PRECISION) * score_factor
+    scores = tl.dot(q, tl.trans(k.to(q.dtype)), input_precision=PRECISION)
     if SCALED:
         scores *= tl.load(kv_scales + rows)[None, :]
     if HAS_CAP:
-        scores = score_cap * (1.0 - 2.0 / (tl.exp2(scores) + 1.0))
+        scores = score_cap * (1.0 - 2.0 / (tl.exp2(scores * score_factor) + 1.0))
     if MASKED:
         visible = keys[None, :] < upper[:, None]
         if HAS_LOWER:
             visible = visible & (keys[None, :] >= lower[:, None])
         scores = tl.where(visible, scores, float("-inf"))
-    new_max = tl.maximum(row_max, tl.max(scores, 1))
-    probs = tl.exp2(scores - new_max[:, None])
+    # The factor is positive: scaling the maximum, not every score, leaves one multiply-add per score.
+    if HAS_CAP:
+        new_max = tl.maximum(row_max, tl.max(scores, 1))
+        probs = tl.exp2(scores - new_max[:, None])
+    else:
+        new_max = tl.maximum(row_max, tl.max(scores, 1) * score_factor)
+        probs = tl.exp2(scores * score_factor - new_max[:, None])
     decay = tl.exp2(row_max - new_max)
     row_sum = row_sum * decay + tl.sum(probs, 1)
     if SCALED:

@@ -17,17 +17,21 @@ from triton.language.extra.cuda import gdc_launch_dependents, gdc_wait
 from .attention_tile import attend_tile, dot_precision, score_scale
 from .checks import FLOAT_DTYPES, check_dtype, check_kv_cache, check_last_contiguous, check_shape
 
-_PROGRAMS_PER_PROCESSOR = 4
-"""Programs that one multiprocessor holds at once; with fewer in all, memory bandwidth is left unused."""
+_PROGRAMS_PER_PROCESSOR = 5
+"""Programs of ``DecodeConfig()`` whose registers and shared memory one multiprocessor of Hopper holds at once."""
 _MIN_SPLIT_KEYS = 128
 """Fewer keys than this are not worth a program of their own."""
+_MAX_SPLITS = 64
+"""One program combines all splits of a head in its registers."""
 
 
 @dataclass(frozen=True)
 class DecodeConfig:
-    tile_keys: int = 64
+    """How the keys are cut. Five stages keep two tiles in flight: every other one goes to the block table."""
+
+    tile_keys: int = 32
     num_warps: int = 4
-    num_stages: int = 3
+    num_stages: int = 5
 
 
 @dataclass(frozen=True)
@@ -43,10 +47,12 @@ class DecodeWorkspace:
 def choose_num_splits(num_seqs: int, num_kv_heads: int, max_context: int, num_processors: int) -> int:
     """Splits that fill the processors, given only what a batch bucket fixes. ``max_context``: of the block tables."""
     wanted = num_processors * _PROGRAMS_PER_PROCESSOR // (num_seqs * num_kv_heads)
-    return max(1, min(wanted, -(-max_context // _MIN_SPLIT_KEYS), 128))
+    return max(1, min(wanted, -(-max_context // _MIN_SPLIT_KEYS), _MAX_SPLITS))
 
 
-def allocate_workspace(num_seqs: int, num_heads: int, num_splits: int, head_dim: int, device: torch.device) -> DecodeWorkspace:
+def allocate_workspace(
+    num_seqs: int, num_heads: int, num_splits: int, head_dim: int, device: torch.device
+) -> DecodeWorkspace:
     if num_splits == 1:
         empty = torch.empty(0, dtype=torch.float32, device=device)
         return DecodeWorkspace(empty, empty)
@@ -183,7 +189,8 @@ def _combine_splits_kernel(
     )
     total = tl.sum(weights, 0)
     result = tl.sum(weights[:, None] * values, 0) / tl.where(total > 0, total, 1.0)
-    tl.store(out + seq * stride_out_token + head * HEAD_DIM + dims, result.to(out.dtype.element_ty), mask=dims < HEAD_DIM)
+    target = out + seq * stride_out_token + head * HEAD_DIM + dims
+    tl.store(target, result.to(out.dtype.element_ty), mask=dims < HEAD_DIM)
 
 
 def decode_attention(
@@ -242,9 +249,5 @@ def decode_attention(
 
 
 def default_config(dtype: torch.dtype, head_dim: int) -> DecodeConfig:
-    """The fastest measured on Hopper that fits its shared memory."""
-    if dtype == torch.float32:
-        return DecodeConfig(tile_keys=32, num_warps=4, num_stages=2)
-    if head_dim > 128:
-        return DecodeConfig(tile_keys=32, num_warps=4, num_stages=3)
-    return DecodeConfig()
+    """float32 and wide heads take twice the shared memory: fewer tiles in flight, of the same size."""
+    return DecodeConfig(num_stages=2) if dtype == torch.float32 and head_dim > 128 else DecodeConfig()

@@ -28,12 +28,10 @@ class MatrixVectorConfig:
     num_warps: int
 
 
-def default_config(num_inputs: int) -> MatrixVectorConfig:
-    """The fastest measured on Hopper: a whole weight row in flight per program."""
-    if num_inputs <= 8192:
-        tile = max(triton.next_power_of_2(num_inputs), 256)
-        return MatrixVectorConfig(1, tile, max(1, min(8, tile // 512)))
-    return MatrixVectorConfig(1, 16384, 16)
+def default_config(num_rows: int, num_inputs: int) -> MatrixVectorConfig:
+    """A whole weight row in flight per program; from three rows of x on, two weight rows share each read of x."""
+    tile = min(max(triton.next_power_of_2(num_inputs), 256), 16384 if num_rows <= 2 else 4096)
+    return MatrixVectorConfig(1 if num_rows <= 2 else 2, tile, max(1, min(8, tile // 512)))
 
 
 @triton.jit
@@ -57,43 +55,42 @@ def _matrix_vector_kernel(
 ):
     if PDL:
         gdc_launch_dependents()
-    outputs = tl.program_id(0) * TILE_OUTPUTS + tl.arange(0, TILE_OUTPUTS)
-    columns = tl.arange(0, TILE_INPUTS)
-    rows = tl.arange(0, PADDED_ROWS)
+    # All tensors are [rows, outputs, columns] from the load on: one layout, so that nothing passes through shared memory.
+    outputs = (tl.program_id(0) * TILE_OUTPUTS + tl.arange(0, TILE_OUTPUTS))[None, :, None]
+    columns = tl.arange(0, TILE_INPUTS)[None, None, :]
+    rows = tl.arange(0, PADDED_ROWS)[:, None, None]
     in_range = outputs < num_outputs
-    pointers = weight + outputs.to(tl.int64)[:, None] * stride_weight + columns[None, :]
-    mask = in_range[:, None] & (columns < NUM_INPUTS)[None, :]
+    pointers = weight + outputs.to(tl.int64) * stride_weight + columns
+    mask = in_range & (columns < NUM_INPUTS)
     w = tl.load(pointers, mask=mask, other=0.0, eviction_policy="evict_first")
     if SILU:
         up_pointers = pointers + num_outputs.to(tl.int64) * stride_weight
         up = tl.load(up_pointers, mask=mask, other=0.0, eviction_policy="evict_first")
     if PDL:
         gdc_wait()
-    x_pointers = x + rows[:, None] * stride_x + columns[None, :]
-    x_rows = (rows < num_rows)[:, None]
-    values = tl.load(x_pointers, mask=x_rows & (columns < NUM_INPUTS)[None, :], other=0.0).to(tl.float32)[:, None, :]
+    x_pointers = x + rows * stride_x + columns
+    values = tl.load(x_pointers, mask=(rows < num_rows) & (columns < NUM_INPUTS), other=0.0).to(tl.float32)
     # The sum over the tile is taken once, at the end: until then every thread adds up its own columns.
-    acc = values * w.to(tl.float32)[None, :, :]
+    acc = values * w.to(tl.float32)
     if SILU:
-        acc_up = values * up.to(tl.float32)[None, :, :]
+        acc_up = values * up.to(tl.float32)
     for first in tl.static_range(TILE_INPUTS, NUM_INPUTS, TILE_INPUTS):
         inside = first + columns < NUM_INPUTS
-        mask = in_range[:, None] & inside[None, :]
-        w = tl.load(pointers + first, mask=mask, other=0.0, eviction_policy="evict_first")
-        values = tl.load(x_pointers + first, mask=x_rows & inside[None, :], other=0.0).to(tl.float32)[:, None, :]
-        acc += values * w.to(tl.float32)[None, :, :]
+        w = tl.load(pointers + first, mask=in_range & inside, other=0.0, eviction_policy="evict_first")
+        values = tl.load(x_pointers + first, mask=(rows < num_rows) & inside, other=0.0).to(tl.float32)
+        acc += values * w.to(tl.float32)
         if SILU:
-            up = tl.load(up_pointers + first, mask=mask, other=0.0, eviction_policy="evict_first")
-            acc_up += values * up.to(tl.float32)[None, :, :]
-    result = tl.sum(acc, 2)
+            up = tl.load(up_pointers + first, mask=in_range & inside, other=0.0, eviction_policy="evict_first")
+            acc_up += values * up.to(tl.float32)
+    result = tl.sum(acc, 2, keep_dims=True)
     if HAS_BIAS:
-        result += tl.load(bias + outputs, mask=in_range, other=0.0).to(tl.float32)[None, :]
+        result += tl.load(bias + outputs, mask=in_range, other=0.0).to(tl.float32)
     if SILU:
         # Rounded in between as two kernels would round: the fusion does not change the result.
         gate = result.to(out.dtype.element_ty).to(tl.float32)
-        result = gate / (1.0 + tl.exp(-gate)) * tl.sum(acc_up, 2).to(out.dtype.element_ty).to(tl.float32)
-    target = out + rows[:, None] * stride_out + outputs[None, :]
-    tl.store(target, result.to(out.dtype.element_ty), mask=x_rows & in_range[None, :])
+        factor = tl.sum(acc_up, 2, keep_dims=True).to(out.dtype.element_ty).to(tl.float32)
+        result = gate / (1.0 + tl.exp(-gate)) * factor
+    tl.store(out + rows * stride_out + outputs, result.to(out.dtype.element_ty), mask=(rows < num_rows) & in_range)
 
 
 def matrix_vector(
@@ -123,7 +120,7 @@ def matrix_vector(
         raise ValueError(f"x has {num_rows} rows; allowed: 1 to {MAX_ROWS}")
     if silu_and_mul and bias is not None:
         raise ValueError("silu_and_mul takes no bias")
-    config = config or default_config(num_inputs)
+    config = config or default_config(num_rows, num_inputs)
     _matrix_vector_kernel[(triton.cdiv(num_outputs, config.tile_outputs),)](
         x, weight, bias, out, num_outputs, num_rows, x.stride(0), weight.stride(0), out.stride(0),
         NUM_INPUTS=num_inputs, PADDED_ROWS=triton.next_power_of_2(num_rows), TILE_OUTPUTS=config.tile_outputs,

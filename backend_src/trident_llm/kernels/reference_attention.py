@@ -18,6 +18,8 @@ from ..engine.batch import AttentionMetadata
 _TILE_ROWS = 128
 """Query rows of a prompt that attend together. Keys after a tile's last row are never touched, which beats one
 masked call over the whole prompt by a quarter, and masks stay small."""
+_CHEAP_PADDING = 64
+"""Padded keys of a sequence that cost less than one more call."""
 
 
 @dataclass(frozen=True)
@@ -89,11 +91,11 @@ def plan_attention(
 
 
 def _similar_lengths(lengths: Sequence[int]) -> list[list[int]]:
-    """Indices in groups whose shortest is at least half the longest, so that padding at most doubles the work."""
+    """Indices in groups in which padding to the longest about doubles the work at most."""
     groups: list[list[int]] = []
     longest = 0
     for index in sorted(range(len(lengths)), key=lambda i: -lengths[i]):
-        if not groups or 2 * lengths[index] < longest:
+        if not groups or 2 * lengths[index] + _CHEAP_PADDING < longest:
             groups.append([])
             longest = lengths[index]
         groups[-1].append(index)

@@ -1,8 +1,8 @@
 """Draws one token per row on the GPU: greedy, or temperature, min-p, top-k and top-p, without a sort.
 
-The order and meaning of the steps are those of ``sampling.sampler``. Top-k and top-p keep a row's largest values down to
-a threshold, which is found by bisection on values; the draw is an inverse CDF in vocabulary order. Among equal values at
-the threshold those with the lowest ids are kept.
+The order and meaning of the steps are those of ``sampling.sampler``. Top-k and top-p keep a row's largest values down
+to a threshold, which is found by bisection on values; the draw is an inverse CDF in vocabulary order. Among equal
+values at the threshold those with the lowest ids are kept.
 """
 
 from __future__ import annotations
@@ -211,7 +211,7 @@ def _sample_tokens_kernel(
             quota = tl.zeros((), tl.int64) + vocab_size
             cut_k = (top_k > 0) & (top_k < vocab_size)
             if cut_k | (top_p < 1.0):
-                count, mass, least, greatest = _probe(row, vocab_size, temperature, floor, top, float("-inf"), TILE)
+                count, mass, least, _ = _probe(row, vocab_size, temperature, floor, top, float("-inf"), TILE)
                 low = least - 1.0 - tl.abs(least) * 1e-5
                 if cut_k & (top_k < count):
                     low, threshold, count, above, mass_above = _find_threshold(

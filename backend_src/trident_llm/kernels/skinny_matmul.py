@@ -25,15 +25,16 @@ class SkinnyConfig:
     num_warps: int
     num_stages: int
     prefetch: int
-    """Columns of the program's weight rows that are brought into L2 while the previous kernel still runs; 0 for none."""
+    """Columns of its weight rows that a program brings into L2 while the previous kernel still runs; 0 for none."""
 
 
-def default_config(num_rows: int, num_outputs: int, num_inputs: int) -> SkinnyConfig:
-    """The fastest measured on Hopper."""
-    del num_rows, num_inputs
-    if num_outputs >= 16384:
-        return SkinnyConfig(32, 128, 4, 4, 0)
-    return SkinnyConfig(16, 256, 4, 4, 0)
+def default_config(num_rows: int, num_outputs: int) -> SkinnyConfig:
+    """At least one program per multiprocessor, and 48 KiB of the weight in flight on each."""
+    if num_rows > 32:
+        return SkinnyConfig(64, 128, 4, 4, 512)
+    if num_outputs > 4096:
+        return SkinnyConfig(32, 256, 4, 4, 1024)
+    return SkinnyConfig(16, 256, 4, 4, 1024)
 
 
 @triton.jit(do_not_specialize=["num_rows"])
@@ -66,7 +67,7 @@ def _skinny_matmul_kernel(
     weight_rows = tl.minimum(outputs, num_outputs - 1).to(tl.int64)[:, None] * stride_weight
     if PDL:
         if PREFETCH > 0:
-            lines = weight + weight_rows + (tl.arange(0, PREFETCH // 64) * 64)[None, :]
+            lines = weight + weight_rows + tl.minimum(tl.arange(0, PREFETCH // 64) * 64, NUM_INPUTS - 1)[None, :]
             tl.inline_asm_elementwise(
                 "{ prefetch.global.L2 [$1]; mov.u32 $0, 0; }", "=r,l", [lines], dtype=tl.int32, is_pure=False, pack=1
             )
@@ -113,7 +114,7 @@ def skinny_matmul(
         check_last_contiguous(name, tensor)
     if not 1 <= num_rows <= MAX_ROWS:
         raise ValueError(f"x has {num_rows} rows; allowed: 1 to {MAX_ROWS}")
-    config = config or default_config(num_rows, num_outputs, num_inputs)
+    config = config or default_config(num_rows, num_outputs)
     _skinny_matmul_kernel[(triton.cdiv(num_outputs, config.tile_outputs),)](
         x, weight, bias, out, num_outputs, num_rows, x.stride(0), weight.stride(0), out.stride(0),
         NUM_INPUTS=num_inputs, PADDED_ROWS=max(8, triton.next_power_of_2(num_rows)),

@@ -13,7 +13,7 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from ..engine.batch import AttentionMetadata
-from . import matrix_vector, skinny_matmul
+from . import matrix_vector
 from .checks import HALF_DTYPES
 from .decode_attention import allocate_workspace, choose_num_splits, decode_attention
 from .matrix_vector import matrix_vector as multiply_vector
@@ -22,6 +22,9 @@ from .rms_norm import rms_norm
 from .rotary_store import rotary_embed_and_store_kv
 from .silu_and_mul import silu_and_mul
 from .skinny_matmul import skinny_matmul as multiply_skinny
+
+_MAX_STREAMED_ROWS = 16
+"""With more rows cuBLAS multiplies: a single pass over the weight no longer decides the time."""
 
 
 @dataclass(frozen=True)
@@ -70,7 +73,7 @@ class TritonLanguageKernels:
         return weight.contiguous()
 
     def linear(self, x: Tensor, weight: Tensor, bias: Tensor | None = None) -> Tensor:
-        if not _streams_weight(x, weight, skinny_matmul.MAX_ROWS):
+        if not _streams_weight(x, weight, _MAX_STREAMED_ROWS):
             return F.linear(x, weight, bias)
         out = x.new_empty(x.shape[0], weight.shape[0])
         if x.shape[0] <= matrix_vector.MAX_ROWS:

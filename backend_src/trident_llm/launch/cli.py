@@ -23,7 +23,7 @@ from .server_process import ServerProcess, server_command, server_environment
 from .watchdog import Watchdog
 
 _SIGNALS = (signal.SIGINT, signal.SIGTERM, signal.SIGHUP)
-_ENGINE_EXIT_SECONDS = 0.7
+_ENGINE_EXIT_SECONDS = 0.4
 
 
 class _Stop(BaseException):
@@ -84,6 +84,7 @@ def _wait(server: ServerProcess, run: RunFolder) -> None:
         server.wait_until_ready(lambda: line.show(loading_text(run)))
     finally:
         line.end()
+    run.ready.touch()
     print(f"Trident is ready after {line.seconds:.1f} s.", flush=True)
 
 
@@ -104,7 +105,7 @@ def _print_endpoints(options: Options, ports: Ports) -> None:
         f"  gRPC     {host}:{ports.grpc}\n"
         f"  metrics  http://{host}:{ports.metrics}/metrics\n\n"
         f"Try:\n  curl -s http://{host}:{ports.http}/v2/models/llm/generate "
-        """-d '{"text_input": "The capital of France is", "max_tokens": 16}'\n\n"""
+        """-d '{"text_input": "The capital of France is", "max_tokens": 16, "temperature": 0}'\n\n"""
         "Ctrl-C ends it.",
         flush=True,
     )

@@ -64,7 +64,7 @@ def parse_options(arguments: Sequence[str]) -> Options:
         only=only,
         doors=args.doors,
         sample=not args.no_sample,
-        log=args.log.expanduser().resolve() if args.log else None,
+        log=_log_file(args.log) if args.log else None,
     )
     if options.is_public and not settings.get("admin_token"):
         raise BadRequest(
@@ -152,6 +152,15 @@ def _local_path(model: str) -> str:
     if model.startswith(("/", "./", "../", "~")) or model.endswith(".gguf"):
         raise NotFound(f"--model {model}: no such file or folder")
     return model
+
+
+def _log_file(path: Path) -> Path:
+    path = path.expanduser().resolve()
+    try:
+        path.open("ab").close()
+    except OSError as error:
+        raise BadRequest(f"--log {path}: {str(error.strerror).lower()}") from None
+    return path
 
 
 def _ipv4(host: str) -> str:

@@ -24,6 +24,7 @@ from ..run_directory import RunDirectory
 
 RUN_VARIABLE = "TRIDENT_RUN_DIR"
 SHARED_MEMORY = Path("/dev/shm")
+BACKEND_FOLDERS = Path("/tmp/python_env_*")
 _NAME = "serve-"
 _LONGEST_ENGINE_FOLDER = "4194304-llm"
 """What the doors put into the run folder: a folder named after the server's process and the engine's model."""
@@ -56,6 +57,11 @@ class RunFolder:
     def lock(self) -> Path:
         return self.path / "lock"
 
+    @property
+    def ready(self) -> Path:
+        """A file that is there since the server was ready."""
+        return self.path / "ready"
+
     def processes(self) -> list[psutil.Process]:
         """All processes of this launch but the calling one: the server, its stubs, the engine."""
         found = []
@@ -81,7 +87,27 @@ class RunFolder:
             alive = self.processes()
         for region in SHARED_MEMORY.glob(f"{self.shared_memory_prefix}*"):
             region.unlink(missing_ok=True)
+        for folder in self._backend_folders():
+            with contextlib.suppress(OSError):
+                folder.rmdir()
         shutil.rmtree(self.path, ignore_errors=True)
+
+    def _backend_folders(self) -> list[Path]:
+        """The empty folders in /tmp that a Python backend makes while it starts, and leaves when it is killed.
+
+        Nothing but the time tells whose they are; another server of this user that started at the same time
+        does not miss an empty one.
+        """
+        if not self.lock.exists():
+            return []
+        until = self.ready.stat().st_mtime if self.ready.exists() else time.time()
+        found = []
+        for folder in BACKEND_FOLDERS.parent.glob(BACKEND_FOLDERS.name):
+            with contextlib.suppress(OSError):
+                status = folder.lstat()
+                if status.st_uid == os.getuid() and self.lock.stat().st_mtime <= status.st_mtime <= until:
+                    found.append(folder)
+        return found
 
 
 @contextlib.contextmanager

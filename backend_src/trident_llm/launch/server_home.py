@@ -49,11 +49,13 @@ def _in_folder(home: Path) -> ServerHome:
     binary = home / "bin/tritonserver"
     if not os.access(binary, os.X_OK):
         raise NotFound(f"{HOME_VARIABLE}={home}: there is no program bin/tritonserver in it")
-    backends, libraries = home / "backends", home / "lib"
+    backends, libpython = home / "backends", find_libpython()
+    # A Python outside /usr has its library where the dynamic loader does not look.
+    own = [libpython.parent] if libpython is not None and sys.base_prefix != "/usr" else []
     return ServerHome(
         binary=binary,
         backends=backends if backends.is_dir() else None,
-        libraries=(libraries,) if libraries.is_dir() else (),
+        libraries=tuple(folder for folder in (home / "lib", *own) if folder.is_dir()),
     )
 
 

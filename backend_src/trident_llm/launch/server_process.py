@@ -20,7 +20,7 @@ from .run_folder import RUN_VARIABLE, RunFolder
 from .server_home import ServerHome
 from .server_log import ServerLog, load_failure
 
-EXIT_SECONDS = 3.0
+EXIT_SECONDS = 3.8
 """How long the server may take to end after SIGTERM before it is killed."""
 
 DRAIN_SECONDS = 2

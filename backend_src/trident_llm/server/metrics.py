@@ -118,9 +118,8 @@ class MetricsPublisher:
         return {name: float(stats[name]) for name in (*GAUGES, *COUNTERS) if name in stats}
 
     def _follow(self, stats: dict[str, Any]) -> None:
-        """Another engine process, or another publisher before this one: totals continue what was published."""
+        """Another engine process, which begins at 0, or another publisher before this one: go on from its values."""
         for name, counter in self._counters.items():
             if name in stats:
-                continues = self._epoch == "" and stats[name] >= counter.published
-                counter.offset = 0.0 if continues else counter.published
+                counter.offset = counter.published if self._epoch else max(counter.published - stats[name], 0.0)
         self._epoch = stats["epoch"]

@@ -65,5 +65,5 @@ class ResponseBuilder:
         return self._tensor(name, [value.encode() for value in values], np.object_)
 
     def _tensor(self, name: str, values: Sequence[object], dtype: type) -> Any:
-        array = np.array(values, dtype=dtype)
+        array: np.ndarray = np.array(values, dtype=dtype)
         return pb_utils.Tensor(name, array[np.newaxis] if self._batched else array)

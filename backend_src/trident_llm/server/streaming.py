@@ -14,7 +14,7 @@ from typing import Any
 
 import triton_python_backend_utils as pb_utils
 
-from ..errors import Cancelled, TridentError
+from ..errors import Cancelled, Overloaded, TridentError
 from .delivery import Delivery, Reply
 from .engine_client import EngineClient
 from .request import RequestReader
@@ -70,6 +70,8 @@ class StreamingDoor:
             self._give_up(stream)
 
     def _begin(self, stream: _Stream) -> None:
+        if self._closing:
+            raise Overloaded("the model is being unloaded; retry after 2 s")
         with self._streams_lock:
             self._streams.add(stream)
         try:

@@ -1,0 +1,170 @@
+"""The operands on which kernels are tuned and timed: shapes of Mistral-7B, fresh random values, more than L2 holds."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from trident_llm.kernels.decode_attention import allocate_workspace, decode_attention
+from trident_llm.kernels.matrix_vector import matrix_vector
+from trident_llm.kernels.prefill_attention import prefill_attention
+from trident_llm.kernels.skinny_matmul import skinny_matmul
+
+LINEAR_SHAPES = {
+    "qkv": (6144, 4096), "o": (4096, 4096), "gate_up": (28672, 4096), "down": (4096, 14336), "head": (32000, 4096),
+}  # fmt: skip
+_COLD_BYTES = 600e6
+"""Operands of one timing together: ten times the L2 cache."""
+
+Launch = Callable[[], None]
+
+
+def _random(device: str, *shape: int, scale: float = 1.0, dtype: torch.dtype = torch.bfloat16) -> Tensor:
+    if device == "cpu":
+        return torch.empty(shape, dtype=dtype)
+    return torch.randn(shape, dtype=dtype, device=device) * scale
+
+
+@dataclass
+class Linear:
+    """x [rows, in] by a weight of Mistral-7B, in several copies."""
+
+    name: str
+    rows: int
+    silu: bool = False
+
+    def prepare(self, device: str) -> None:
+        num_outputs, num_inputs = LINEAR_SHAPES[self.name]
+        self.num_bytes = num_outputs * num_inputs * 2
+        self.flops = 2 * self.rows * num_outputs * num_inputs
+        copies = 1 if device == "cpu" else max(4, int(_COLD_BYTES / self.num_bytes))
+        self.weights = [_random(device, num_outputs, num_inputs, scale=0.02) for _ in range(copies)]
+        self.x = _random(device, self.rows, num_inputs)
+        self.out = _random(device, self.rows, num_outputs // 2 if self.silu else num_outputs)
+
+    def release(self) -> None:
+        _release(self)
+
+    def launches(self, kind: str, config: Any, pdl: bool = True) -> list[Launch]:
+        if kind == "cublas":
+            return [lambda w=w: torch.mm(self.x, w.T, out=self.out) for w in self.weights]
+        if kind == "matrix_vector":
+            return [
+                lambda w=w: matrix_vector(self.x, w, self.out, silu_and_mul=self.silu, config=config, pdl=pdl)
+                for w in self.weights
+            ]
+        return [lambda w=w: skinny_matmul(self.x, w, self.out, config=config, pdl=pdl) for w in self.weights]
+
+    def error(self) -> float:
+        """Relative error of what the last launch wrote; the reference is a float32 product."""
+        product = self.x.float() @ self.weights[-1].float().T
+        if self.silu:
+            gate, up = product.chunk(2, -1)
+            product = torch.nn.functional.silu(gate) * up
+        return _relative(self.out, product)
+
+    def poison(self) -> None:
+        self.out.fill_(float("nan"))
+
+
+class _Paged:
+    """A cache with shuffled blocks for S sequences of ``context`` tokens."""
+
+    num_bytes = 0.0
+    flops = 0.0
+
+    def _prepare_cache(self, device: str, num_seqs: int, context: int, heads: tuple[int, int], head_dim: int) -> None:
+        blocks = -(-context // 16)
+        self.cache = _random(device, num_seqs * blocks, 16, 2, heads[1], head_dim)
+        order = torch.randperm(num_seqs * blocks, device=device)
+        self.tables = order.to(torch.int32).view(num_seqs, blocks)
+        self.context_lens = torch.full((num_seqs,), context, dtype=torch.int32, device=device)
+
+    def release(self) -> None:
+        _release(self)
+
+    def _gathered(self, seq: int) -> Tensor:
+        """[2, Hq, N, D] float32 K and V of one sequence, repeated for the query heads."""
+        kv = self.cache[self.tables[seq].long()].flatten(0, 1)[: int(self.context_lens[seq])]
+        return kv.float().permute(1, 2, 0, 3).repeat_interleave(self.q.shape[1] // kv.shape[2], 1)
+
+    def poison(self) -> None:
+        self.out.fill_(float("nan"))
+
+
+@dataclass
+class Decode(_Paged):
+    num_seqs: int
+    context: int
+    heads: tuple[int, int] = (32, 8)
+    head_dim: int = 128
+
+    def prepare(self, device: str) -> None:
+        self._prepare_cache(device, self.num_seqs, self.context, self.heads, self.head_dim)
+        self.q = _random(device, self.num_seqs, self.heads[0], self.head_dim)
+        self.out = torch.empty_like(self.q)
+        self.num_bytes = self.num_seqs * self.context * 2 * self.heads[1] * self.head_dim * 2
+        # Short caches are repeated at other places, so that they are read from memory and not from L2.
+        copies = 1 if device == "cpu" else max(1, min(64, int(_COLD_BYTES / self.num_bytes)))
+        self.caches = [self.cache] + [self.cache.clone() for _ in range(copies - 1)]
+
+    def launches(self, config: Any, num_splits: int, pdl: bool = True) -> list[Launch]:
+        workspace = allocate_workspace(self.num_seqs, self.heads[0], num_splits, self.head_dim, self.q.device)
+        return [
+            lambda cache=cache: decode_attention(
+                self.q, cache, self.tables, self.context_lens, self.out, workspace, num_splits=num_splits,
+                scale=self.head_dim**-0.5, config=config, pdl=pdl,
+            )
+            for cache in self.caches
+        ]  # fmt: skip
+
+    def error(self) -> float:
+        k, v = self._gathered(self.num_seqs - 1)
+        scores = torch.einsum("hd,hnd->hn", self.q[-1].float(), k) * self.head_dim**-0.5
+        return _relative(self.out[-1], torch.einsum("hn,hnd->hd", torch.softmax(scores, -1), v))
+
+
+@dataclass
+class Prefill(_Paged):
+    """One prompt computed whole: causal, so half of the products count."""
+
+    tokens: int
+    heads: tuple[int, int] = (32, 8)
+    head_dim: int = 128
+
+    def prepare(self, device: str) -> None:
+        self._prepare_cache(device, 1, self.tokens, self.heads, self.head_dim)
+        self.q = _random(device, self.tokens, self.heads[0], self.head_dim)
+        self.out = torch.empty_like(self.q)
+        self.starts = torch.tensor([0, self.tokens], dtype=torch.int32, device=device)
+        self.flops = 2 * self.tokens * self.tokens * self.heads[0] * self.head_dim
+
+    def launches(self, config: Any, pdl: bool = True) -> list[Launch]:
+        launch = lambda: prefill_attention(  # noqa: E731
+            self.q, self.cache, self.tables, self.starts, self.context_lens, self.out, num_tokens=self.tokens,
+            scale=self.head_dim**-0.5, config=config, pdl=pdl,
+        )  # fmt: skip
+        return [launch] * 3
+
+    def error(self) -> float:
+        """Of the last 64 rows."""
+        k, v = self._gathered(0)
+        scores = torch.einsum("mhd,hnd->hmn", self.q[-64:].float(), k) * self.head_dim**-0.5
+        positions = torch.arange(self.tokens, device=scores.device)
+        scores.masked_fill_(positions[None, :] > positions[-64:, None], float("-inf"))
+        return _relative(self.out[-64:], torch.einsum("hmn,hnd->mhd", torch.softmax(scores, -1), v))
+
+
+def _release(problem: object) -> None:
+    """Free the operands; a problem that is listed again is prepared again."""
+    for name in [name for name, value in vars(problem).items() if isinstance(value, (list, Tensor))]:
+        delattr(problem, name)
+    torch.cuda.empty_cache()
+
+
+def _relative(actual: Tensor, expected: Tensor) -> float:
+    return ((actual.float() - expected).norm() / expected.norm()).item()

@@ -1,0 +1,188 @@
+"""Times the configurations among which the kernels' constants were chosen; one JSON object a line.
+
+    python load_tests/tune_kernels.py --out FILE [--only NAME ...]
+
+Kernels are first compiled on all cores, without the GPU; then each configuration is checked against float32 and timed.
+"""
+
+from __future__ import annotations
+
+import argparse
+import itertools
+import json
+import multiprocessing
+import os
+import sys
+import zlib
+from collections.abc import Iterator
+from dataclasses import asdict, dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+from gpu_timing import graph_ms, matmul_rate, read_bandwidth
+from kernel_problems import LINEAR_SHAPES, Decode, Linear, Prefill
+
+from trident_llm.kernels.decode_attention import DecodeConfig
+from trident_llm.kernels.matrix_vector import MatrixVectorConfig
+from trident_llm.kernels.prefill_attention import PrefillConfig
+from trident_llm.kernels.skinny_matmul import SkinnyConfig
+
+_MAX_ERROR = 1e-2
+
+
+@dataclass(frozen=True)
+class Candidate:
+    """How ``problem.launches`` is called."""
+
+    name: str
+    problem: Any
+    arguments: tuple[Any, ...]
+
+
+def candidates() -> Iterator[Candidate]:
+    """Candidates of one problem follow each other."""
+    yield from _prefill()
+    yield from _decode()
+    yield from _matrix_vector()
+    yield from _skinny()
+
+
+def _prefill() -> Iterator[Candidate]:
+    wide = [(128, 128, 8, 5), (128, 64, 8, 5), (128, 64, 8, 7), (64, 64, 4, 5), (128, 128, 8, 2), (64, 128, 4, 5),
+            (64, 64, 8, 5), (64, 32, 4, 5), (128, 32, 8, 5), (128, 32, 8, 7), (128, 64, 8, 2)]  # fmt: skip
+    deep = [(128, 32, 8, 5), (128, 64, 8, 2), (64, 64, 8, 5), (64, 64, 4, 5), (64, 32, 4, 5)]
+    problems = [
+        (Prefill(8192), wide),
+        (Prefill(2048), wide[:7]),
+        (Prefill(8192, (32, 8), 64), [*wide[:7], (256, 64, 8, 5), (128, 128, 4, 5)]),
+        (Prefill(4096, (16, 8), 256), deep),
+    ]
+    for problem, configs in problems:
+        for config in configs:
+            yield Candidate("prefill", problem, (PrefillConfig(*config),))
+
+
+def _decode() -> Iterator[Candidate]:
+    configs = [(64, 4, 3), (64, 4, 2), (64, 4, 5), (64, 2, 3), (32, 4, 3), (32, 4, 5), (32, 2, 3), (32, 2, 5),
+               (128, 4, 2), (128, 4, 3), (128, 8, 3), (128, 8, 5)]  # fmt: skip
+    for splits, config in itertools.product((1, 2, 4), configs):
+        yield Candidate("decode", _SHARED["64x2048"], (DecodeConfig(*config), splits))
+    for key, choices in (("1x2048", (16, 32)), ("1x32768", (32, 64, 128)), ("16x2048", (2, 4, 8)), ("256x384", (1, 2))):
+        for splits, config in itertools.product(choices, (configs[2], configs[4], configs[5], configs[9])):
+            yield Candidate("decode", _SHARED[key], (DecodeConfig(*config), splits))
+
+
+_SHARED = {
+    "64x2048": Decode(64, 2048), "1x2048": Decode(1, 2048), "1x32768": Decode(1, 32768), "16x2048": Decode(16, 2048),
+    "256x384": Decode(256, 384),
+}  # fmt: skip
+
+
+def _matrix_vector() -> Iterator[Candidate]:
+    short = [(1, 4096, 8), (1, 4096, 4), (1, 2048, 8), (1, 2048, 4), (2, 4096, 8), (2, 4096, 16), (2, 2048, 8),
+             (4, 2048, 8), (4, 1024, 4), (8, 1024, 8), (4, 4096, 16)]  # fmt: skip
+    long = [(1, 16384, 16), (1, 16384, 8), (1, 8192, 8), (1, 4096, 8), (1, 2048, 4), (1, 2048, 8), (2, 2048, 8),
+            (2, 4096, 8), (2, 2048, 4), (4, 2048, 8), (4, 1024, 4), (2, 16384, 16)]  # fmt: skip
+    for rows, name in itertools.product((1, 2, 4), LINEAR_SHAPES):
+        problem = Linear(name, rows)
+        for config in long if LINEAR_SHAPES[name][1] > 8192 else short:
+            yield Candidate("matrix_vector", problem, ("matrix_vector", MatrixVectorConfig(*config)))
+    problem = Linear("gate_up", 1, silu=True)
+    for config in short:
+        yield Candidate("matrix_vector", problem, ("matrix_vector", MatrixVectorConfig(*config)))
+
+
+def _skinny() -> Iterator[Candidate]:
+    configs = [(16, 256, 4, 4, 0), (16, 256, 4, 4, 1024), (16, 128, 4, 6, 0), (16, 512, 4, 3, 0), (32, 128, 4, 4, 0),
+               (32, 256, 4, 3, 0), (32, 256, 4, 4, 0), (32, 256, 4, 4, 1024), (64, 128, 4, 4, 0), (64, 256, 4, 3, 0),
+               (64, 128, 4, 5, 2048), (128, 64, 4, 5, 0), (128, 128, 8, 4, 0)]  # fmt: skip
+    for rows, name in itertools.product((4, 8, 16, 32, 64), LINEAR_SHAPES):
+        problem = Linear(name, rows)
+        yield Candidate("linear", problem, ("cublas", None))
+        for config in configs:
+            yield Candidate("skinny", problem, ("skinny", SkinnyConfig(*config)))
+
+
+def _owner(candidate: Candidate) -> int:
+    """Equal for candidates that compile to the same kernel, so that no two workers compile it."""
+    sizes = LINEAR_SHAPES.get(getattr(candidate.problem, "name", ""), (0, 0))
+    return zlib.crc32(repr((candidate.arguments, sizes[1], getattr(candidate.problem, "rows", 0))).encode())
+
+
+def _compile(worker: int, workers: int, only: list[str]) -> None:
+    """Compile one worker's share of the candidates into the Triton language's cache, on the CPU."""
+    sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
+    torch.set_num_threads(1)
+    from triton.runtime import driver
+
+    from tests.fakes.fake_hopper import FakeHopperDriver
+
+    driver.set_active(FakeHopperDriver())
+    prepared: Any = None
+    for candidate in candidates():
+        if (only and candidate.name not in only) or candidate.name == "linear" or _owner(candidate) % workers != worker:
+            continue
+        if prepared is not candidate.problem:
+            prepared = candidate.problem
+            prepared.prepare("cpu")
+        try:
+            prepared.launches(*candidate.arguments)[0]()
+        except Exception as error:
+            print(f"not compiled: {candidate}: {type(error).__name__}", flush=True)
+
+
+def _time(candidate: Candidate) -> dict[str, Any]:
+    problem = candidate.problem
+    settings = [asdict(a) if hasattr(a, "__dataclass_fields__") else a for a in candidate.arguments]
+    line: dict[str, Any] = {"kernel": candidate.name, "shape": str(problem), "config": settings}
+    try:
+        launches = problem.launches(*candidate.arguments)
+        problem.poison()
+        launches[-1]()
+        error = problem.error()
+        if not error < _MAX_ERROR:
+            return {**line, "wrong": error}
+        ms = graph_ms(launches, 5)
+    except Exception as error:
+        return {**line, "failed": f"{type(error).__name__}: {str(error)[:100]}"}
+    return {**line, "us": ms * 1e3, "gb_s": problem.num_bytes / ms / 1e6, "tflop_s": problem.flops / ms / 1e9}
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser()
+    parser.add_argument("--out", type=Path, required=True)
+    parser.add_argument("--only", nargs="*", default=[])
+    options = parser.parse_args()
+    workers = os.cpu_count() or 1
+    spawn = multiprocessing.get_context("spawn")
+    processes = [spawn.Process(target=_compile, args=(i, workers, options.only)) for i in range(workers)]
+    for process in processes:
+        process.start()
+    for process in processes:
+        process.join()
+    best: dict[tuple[str, str], list[dict[str, Any]]] = {}
+    with options.out.open("a") as file:
+        file.write(json.dumps({"read_gb_s": read_bandwidth(), "bf16_tflop_s": matmul_rate()}) + "\n")
+        prepared: Any = None
+        for candidate in candidates():
+            if options.only and candidate.name not in options.only:
+                continue
+            if prepared is not candidate.problem:
+                if prepared is not None:
+                    prepared.release()
+                prepared = candidate.problem
+                prepared.prepare("cuda")
+            line = _time(candidate)
+            file.write(json.dumps(line) + "\n")
+            file.flush()
+            best.setdefault((line["kernel"], line["shape"]), []).append(line)
+    for (kernel, shape), lines in best.items():
+        for line in sorted(lines, key=lambda line: line.get("us", 1e9))[:1]:
+            shown = [list(c.values()) if isinstance(c, dict) else c for c in line["config"]]
+            numbers = {key: round(line[key], 1) for key in ("us", "gb_s", "tflop_s") if key in line}
+            print(kernel, shape, shown, numbers or line, flush=True)
+
+
+if __name__ == "__main__":
+    main()

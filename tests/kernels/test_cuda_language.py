@@ -1,0 +1,49 @@
+"""TritonLanguageKernels as a whole against the torch twin: mixed steps, linear layers of any size."""
+
+from __future__ import annotations
+
+import pytest
+import torch
+
+from tests.fakes.paged_steps import Chunk, PagedSteps
+from tests.kernels.cuda_cases import DEVICE, HALF_DTYPES, PDL, assert_close, random_tensor
+from trident_llm.kernels import reference
+from trident_llm.kernels.triton_language import TritonLanguageKernels
+
+pytestmark = pytest.mark.gpu
+
+KERNELS = TritonLanguageKernels(num_processors=16, pdl=PDL)
+HEADS, KV_HEADS, HEAD_DIM = 6, 2, 64
+MIXED = [Chunk(0, 70, 1), Chunk(1, 4, 1), Chunk(2, 0, 1), Chunk(3, 0, 17), Chunk(4, 30, 33), Chunk(5, 0, 60)]
+
+
+def attend(kernels: object, chunks: list[Chunk], window: int | None) -> torch.Tensor:
+    steps = PagedSteps(6, max_len=160, block_size=16, device=DEVICE)
+    plan = kernels.plan_attention(steps.metadata(chunks), dtype=torch.float32, sliding_window=window)
+    cache = random_tensor(steps.num_blocks, 16, 2, KV_HEADS, HEAD_DIM)
+    q = random_tensor(sum(c.num_tokens for c in chunks), HEADS, HEAD_DIM, seed=1)
+    return kernels.paged_attention(q, cache, plan, HEAD_DIM**-0.5)
+
+
+@pytest.mark.parametrize("window", [None, 20])
+@pytest.mark.parametrize("chunks", [MIXED, MIXED[:3], MIXED[3:]], ids=["mixed", "decodes", "prompts"])
+def test_a_step_equals_the_twin(chunks: list[Chunk], window: int | None) -> None:
+    assert_close(attend(KERNELS, chunks, window), attend(reference, chunks, window))
+
+
+@pytest.mark.parametrize("num_rows", [1, 4, 5, 16, 17])
+def test_linear_for_any_number_of_rows(num_rows: int) -> None:
+    dtype = HALF_DTYPES[-1]
+    x, weight = random_tensor(num_rows, 256, dtype=dtype), random_tensor(34, 256, dtype=dtype, seed=1, scale=0.1)
+    bias = random_tensor(34, dtype=dtype, seed=2)
+    product = x.double() @ weight.double().T
+    packed = KERNELS.pack_linear(weight)
+    assert_close(KERNELS.linear(x, packed), product)
+    assert_close(KERNELS.linear(x, packed, bias), product + bias.double())
+    gate, up = product.chunk(2, -1)
+    assert_close(KERNELS.linear_silu_and_mul(x, packed), torch.nn.functional.silu(gate) * up)
+
+
+def test_linear_in_float32_keeps_its_precision() -> None:
+    x, weight = random_tensor(3, 512), random_tensor(40, 512, seed=1)
+    assert_close(KERNELS.linear(x, weight), x.double() @ weight.double().T)

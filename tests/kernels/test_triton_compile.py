@@ -1,0 +1,87 @@
+"""Every launcher compiles its kernel for Hopper, without a GPU, and none asks for more than the chip has."""
+
+from __future__ import annotations
+
+from dataclasses import replace
+
+import pytest
+import torch
+from triton.runtime import driver
+
+from tests.fakes.fake_hopper import FakeHopperDriver
+from tests.fakes.paged_steps import Chunk, PagedSteps
+from trident_llm.kernels.adjust_logits import AdjustmentTensors, adjust_logits, count_tokens
+from trident_llm.kernels.sample_tokens import SamplingTensors, allocate_workspace, sample_tokens
+from trident_llm.kernels.token_logprobs import token_logprobs
+from trident_llm.kernels.triton_language import TritonLanguageKernels
+
+KERNELS = TritonLanguageKernels(num_processors=132, pdl=True)
+
+
+@pytest.fixture
+def hopper(monkeypatch: pytest.MonkeyPatch) -> FakeHopperDriver:
+    fake = FakeHopperDriver()
+    monkeypatch.setattr(driver, "_active", fake)
+    return fake
+
+
+@pytest.mark.parametrize(
+    ("heads", "kv_heads", "head_dim", "dtype", "cache_dtype", "window"),
+    [
+        (32, 8, 128, torch.bfloat16, torch.bfloat16, None),
+        (32, 8, 128, torch.bfloat16, torch.float8_e4m3fn, None),
+        (9, 3, 64, torch.float32, torch.float32, None),
+        (32, 32, 80, torch.float16, torch.float16, 256),
+        (8, 4, 256, torch.bfloat16, torch.bfloat16, 256),
+    ],
+)
+def test_attention(
+    hopper: FakeHopperDriver, heads: int, kv_heads: int, head_dim: int, dtype: torch.dtype, cache_dtype: torch.dtype,
+    window: int | None,
+) -> None:  # fmt: skip
+    steps = PagedSteps(3, max_len=512, block_size=16)
+    metadata = steps.metadata([Chunk(0, 500, 1), Chunk(1, 9, 1), Chunk(2, 0, 300)])
+    plan = KERNELS.plan_attention(metadata, dtype=dtype, sliding_window=window)
+    cache = torch.empty(steps.num_blocks, 16, 2, kv_heads, head_dim, dtype=cache_dtype)
+    scales = torch.empty(cache.shape[:-1]) if cache_dtype == torch.float8_e4m3fn else None
+    qkv = torch.empty(302, heads + 2 * kv_heads, head_dim, dtype=dtype)
+    cos = torch.empty(302, 1, head_dim, dtype=dtype)
+    KERNELS.rotary_embed_and_store_kv(qkv, cos, cos, cache, plan, scales)
+    KERNELS.paged_attention(qkv[:, :heads], cache, plan, 0.1, 30.0 if window else None, scales)
+    names = [name for name, _, _ in hopper.compiled]
+    assert names == [
+        "_rotary_store_kernel", "_split_attention_kernel", "_combine_splits_kernel", "_prefill_attention_kernel"
+    ]  # fmt: skip
+
+
+@pytest.mark.parametrize("num_rows", [1, 4, 8, 64])
+@pytest.mark.parametrize("num_inputs", [4096, 14336])
+def test_linear(hopper: FakeHopperDriver, num_rows: int, num_inputs: int) -> None:
+    x, weight = (torch.empty(n, num_inputs, dtype=torch.bfloat16) for n in (num_rows, 256))
+    KERNELS.linear(x, weight)
+    KERNELS.linear_silu_and_mul(x, weight)
+    assert hopper.compiled
+
+
+def test_elementwise(hopper: FakeHopperDriver) -> None:
+    x, weight = torch.empty(4, 4096, dtype=torch.bfloat16), torch.empty(4096, dtype=torch.bfloat16)
+    KERNELS.rms_norm(x, weight, 1e-5)
+    KERNELS.fused_add_rms_norm(x, x.clone(), weight, 1e-5)
+    KERNELS.rms_norm(torch.empty(4, 8, 128, dtype=torch.bfloat16), weight[:128], 1e-6)
+    KERNELS.silu_and_mul(x)
+    assert len(hopper.compiled) == 4
+
+
+def test_sampling(hopper: FakeHopperDriver) -> None:
+    logits, ints, floats = torch.empty(4, 32000), torch.zeros(4, dtype=torch.int64), torch.zeros(4)
+    params = SamplingTensors(floats, ints.int(), floats, floats, ints, ints, ints)
+    for greedy in (True, False):
+        sample_tokens(logits, params, ints, allocate_workspace(4, logits.device), greedy=greedy)
+    token_logprobs(logits, ints, 3)
+    adjustment = AdjustmentTensors(
+        ints.int(), floats, floats, floats, ints.int(), torch.zeros(4, 8, dtype=torch.int32), torch.zeros(4, 8)
+    )
+    counts = torch.zeros(4, 32000, dtype=torch.int32)
+    adjust_logits(logits, torch.empty_like(logits), adjustment, counts, counts.to(torch.uint8))
+    count_tokens(ints, replace(params, top_k=ints.int()).top_k, counts)
+    assert len(hopper.compiled) == 5

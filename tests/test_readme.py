@@ -1,0 +1,157 @@
+"""The README and docs/operations.md: every block of code is run, every table, name, option and link is checked."""
+
+from __future__ import annotations
+
+import os
+import re
+import shlex
+import subprocess
+import sys
+import urllib.request
+from collections.abc import Iterator
+from dataclasses import dataclass
+from pathlib import Path
+
+import pytest
+
+from tests.launch.helpers import ROOT
+from tests.live.serving import Serving, serving
+from trident_llm.documentation import with_tables
+from trident_llm.launch.options import parse_options
+from trident_llm.launch.repository import copy_repository, default_model
+
+README, OPERATIONS = ROOT / "README.md", ROOT / "docs/operations.md"
+_BLOCK = re.compile(r"^```(\w*)\n(.*?)^```$", re.DOTALL | re.MULTILINE)
+BLOCK_SECONDS = 100
+QUESTION = "What is the capital of France?\n"
+"""What stands on the standard input of every block: something to say in a chat."""
+
+EXPECTED = {
+    README: [
+        r'"text_output":"..',
+        r'(data: \{.*"text_output":".*\}\s+){4}',
+        r'"finish_reason":"stop".*"text_output":"The capital of France is Paris\."',
+        r"^ Paris.* stop|length \d+$",
+        r"\w+ \w+",
+        r"^ Paris(.*\n)+.*The capital of France is Paris(.*\n)+running_requests +0\n",
+        r"^ Paris",
+        r"^ Paris",
+        r"grpc +request +[1-9]\d* +0\(0\.00%\)",
+    ],
+    OPERATIONS: [r'\\"ready\\": true.*\\"kv_blocks_total\\": \d+.*\\"block_size\\": 16'],
+}
+"""What the output of each block that is run has, in the document's order."""
+
+
+@dataclass(frozen=True)
+class Block:
+    language: str
+    code: str
+
+    @property
+    def starts_the_project(self) -> bool:
+        return self.code.startswith("scripts/")
+
+
+def blocks_of(document: Path) -> list[Block]:
+    return [Block(language, code) for language, code in _BLOCK.findall(document.read_text())]
+
+
+def prose_of(document: Path) -> str:
+    return _BLOCK.sub("", document.read_text())
+
+
+def run_blocks() -> list[tuple[Path, int]]:
+    return [(document, index) for document, expected in EXPECTED.items() for index in range(len(expected))]
+
+
+def runnable(document: Path) -> list[Block]:
+    return [block for block in blocks_of(document) if block.language != "text" and not block.starts_the_project]
+
+
+@pytest.fixture(scope="module")
+def server(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Serving]:
+    """The README's first command, with free ports. One thread leaves the other core to the blocks."""
+    with serving(tmp_path_factory.mktemp("readme"), "--set", "num_threads=1") as server:
+        yield server
+
+
+def run(block: Block, server: Serving) -> str:
+    """The output of ``block``, which runs as it is but for ports, paths of programs, the load test's length, and the
+    model from the hub, whose local copy it gets."""
+    ports = server.ports
+    code = block.code.replace("HuggingFaceTB/SmolLM2-135M-Instruct", default_model())
+    for port, actual in ((8000, ports.http), (8001, ports.grpc), (8002, ports.metrics)):
+        code = code.replace(f"localhost:{port}", f"127.0.0.1:{actual}")
+    python = shlex.quote(sys.executable)
+    code = re.sub(r"\.venv/bin/trident (\w+)", rf"{python} -m trident_client.cli \1 --url {server.grpc_url}", code)
+    code = re.sub(r"\.venv/bin/locust", f"{python} -m locust --run-time 4s", code)
+    command = [sys.executable, "-c", code] if block.language == "python" else ["bash", "-euo", "pipefail", "-c", code]
+    paths = [str(ROOT / "backend_src"), str(ROOT / "client"), os.environ.get("PYTHONPATH", "")]
+    environment = {**os.environ, "PYTHONPATH": os.pathsep.join(filter(None, paths))}
+    result = subprocess.run(
+        command, cwd=ROOT, env=environment, input=QUESTION, capture_output=True, text=True, timeout=BLOCK_SECONDS
+    )
+    assert result.returncode == 0, result.stdout + result.stderr
+    return result.stdout + result.stderr
+
+
+@pytest.mark.live
+@pytest.mark.parametrize(("document", "index"), run_blocks(), ids=lambda value: getattr(value, "name", str(value)))
+def test_a_block_does_what_it_shows(server: Serving, document: Path, index: int) -> None:
+    output = run(runnable(document)[index], server)
+    assert re.search(EXPECTED[document][index], output, re.DOTALL | re.MULTILINE), output
+
+
+@pytest.mark.parametrize("document", EXPECTED, ids=lambda document: document.name)
+def test_no_block_is_left_out(document: Path) -> None:
+    assert len(runnable(document)) == len(EXPECTED[document])
+    assert {block.language for block in blocks_of(document)} <= {"sh", "python", "text"}
+
+
+def test_the_commands_of_the_project_are_there_and_take_their_arguments(tmp_path: Path) -> None:
+    commands = [shlex.split(block.code) for block in blocks_of(README) if block.starts_the_project]
+    assert [command[0] for command in commands] == ["scripts/serve", "scripts/test", "scripts/serve"]
+    for number, (script, *arguments) in enumerate(commands):
+        assert os.access(ROOT / script, os.X_OK)
+        if script == "scripts/serve":
+            copy_repository(parse_options(arguments), tmp_path / str(number))
+    options = parse_options([])
+    assert (options.host, options.http_port, options.grpc_port, options.metrics_port) == ("127.0.0.1", 8000, 8001, 8002)
+
+
+@pytest.mark.parametrize("document", EXPECTED, ids=lambda document: document.name)
+def test_options_of_scripts_serve_are_known(document: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    with pytest.raises(SystemExit):
+        parse_options(["--help"])
+    known = set(re.findall(r"--[a-z-]+", capsys.readouterr().out))
+    assert set(re.findall(r"`(?:scripts/serve )?(--[a-z-]+)", prose_of(document))) <= known
+
+
+def test_tables_are_those_of_the_code() -> None:
+    text = README.read_text()
+    assert text.count("<!-- table: ") == 3
+    assert text == with_tables(text), "run: python -m trident_llm.documentation README.md"
+
+
+@pytest.mark.live
+def test_metrics_are_those_of_the_server(server: Serving) -> None:
+    with urllib.request.urlopen(server.metrics_url, timeout=30) as response:
+        published = dict(re.findall(r"^# HELP (trident_\w+) (.*)$", response.read().decode(), re.MULTILINE))
+    table = dict(re.findall(r"^\| `(trident_\w+)` \| (.*) \|$", OPERATIONS.read_text(), re.MULTILINE))
+    assert {name: table.get(name) for name in published} == published
+    for document in EXPECTED:
+        named = set(re.findall(r"`(trident_[a-z_]+)`", document.read_text())) - {"trident_client", "trident_llm"}
+        assert named <= set(published)
+
+
+@pytest.mark.parametrize("document", EXPECTED, ids=lambda document: document.name)
+def test_links_lead_somewhere(document: Path) -> None:
+    for link in re.findall(r"\]\(([^)]+)\)", prose_of(document)):
+        path, _, anchor = link.partition("#")
+        if path.startswith("https://"):
+            continue
+        target = document.parent / path if path else document
+        assert target.is_file(), link
+        headings = re.findall(r"^#+ (.+)$", target.read_text(), re.MULTILINE)
+        assert not anchor or anchor in {heading.lower().replace(" ", "-") for heading in headings}, link
