@@ -22,7 +22,7 @@ __all__ = ["GenerateUser"]
 
 @events.init.add_listener
 def apply_profile(environment: Environment, **_: Any) -> None:
-    options = environment.parsed_options
+    options: Any = environment.parsed_options
     options.profile = options.profile or "smoke"
     if options.profile not in PROFILES:
         sys.exit(f"--profile: {options.profile!r} is not one of {', '.join(PROFILES)}")
@@ -45,7 +45,8 @@ def judge(environment: Environment, **_: Any) -> None:
         )
         for entry in environment.stats.entries.values()
     }
+    options: Any = environment.parsed_options
     problems = shortfalls(GenerateUser.profile, observed)
     for problem in problems:
-        logging.error("profile %s: %s", environment.parsed_options.profile, problem)
+        logging.error("profile %s: %s", options.profile, problem)
     environment.process_exit_code = 1 if problems else 0

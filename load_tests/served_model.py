@@ -63,12 +63,16 @@ class ServedModel:
         return self
 
     def __exit__(self, kind: type[BaseException] | None, value: BaseException | None, at: TracebackType | None) -> None:
+        if self._process.poll() is not None:
+            return
         self._process.terminate()
         try:
-            self._process.wait(timeout=END_SECONDS)
+            code = self._process.wait(timeout=END_SECONDS)
         except subprocess.TimeoutExpired:
             self._process.kill()
-            self._process.wait()
+            code = self._process.wait()
+        if code:
+            print(f"the launcher did not end well: exit code {code}{self.tail()}", file=sys.stderr)
 
     def wait(self, timeout: float) -> None:
         """Return when the server is ready, and show meanwhile what the launcher says.

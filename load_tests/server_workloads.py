@@ -37,8 +37,10 @@ class Prompts:
             added = {_num_tokens(client, _random_text(rng, alphabet, length)) - length for length in _PROBES}
             if len(added) == 1 and min(added) >= 0:
                 return cls(rng=rng, alphabet=alphabet, num_added=added.pop())
-        raise BenchFailed("--model: its tokenizer has no characters that are always one token, so prompts of an exact "
-                          "length cannot be made; use load_format=dummy with a folder that has no tokenizer")
+        raise BenchFailed(
+            "--model: its tokenizer has no characters that are always one token, so prompts of an exact "
+            "length cannot be made; use load_format=dummy with a folder that has no tokenizer"
+        )
 
     def make(self, num_tokens: int) -> str:
         return _random_text(self.rng, self.alphabet, num_tokens - self.num_added)

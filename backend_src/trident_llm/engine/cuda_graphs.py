@@ -34,8 +34,9 @@ class CudaGraphs:
         self._forward = forward
         self._captured: dict[int, CapturedStep] = {}
 
-    def capture(self, progress: Callable[[str], None]) -> None:
-        """Capture all buckets, largest first, so that the smaller ones reuse its memory."""
+    def capture(self, progress: Callable[[str], None]) -> int:
+        """Capture all buckets, largest first, so that the smaller ones reuse its memory; returns the bytes taken."""
+        before = torch.cuda.memory_reserved()
         pool = torch.cuda.graph_pool_handle()
         for index, bucket in enumerate(reversed(self.buckets)):
             progress(f"capturing CUDA graphs: {index * 100 // len(self.buckets)}%")
@@ -46,6 +47,7 @@ class CudaGraphs:
             with torch.cuda.graph(graph, pool=pool):
                 logits = self._forward(bucket)
             self._captured[bucket] = CapturedStep(graph, logits)
+        return torch.cuda.memory_reserved() - before
 
     def bucket_for(self, num_seqs: int) -> int | None:
         """The smallest bucket that holds so many sequences; None when there is none."""

@@ -44,9 +44,7 @@ class CudaRunner:
         self._sampled_before: dict[Sequence, int] = {}
         self._graphs = CudaGraphs(decode_buckets(max_num_seqs), self._decode_forward)
         with torch.inference_mode():
-            before = torch.cuda.memory_reserved(device)
-            self._graphs.capture(progress)
-            self.graph_bytes = torch.cuda.memory_reserved(device) - before
+            self.graph_bytes = self._graphs.capture(progress)
 
     @torch.inference_mode()
     def launch(self, output: SchedulerOutput) -> StepResult:

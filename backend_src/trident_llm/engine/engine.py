@@ -10,6 +10,8 @@ from collections.abc import Callable
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
 
+import torch
+
 from ..config import EngineConfig
 from ..errors import BadRequest, Overloaded
 from ..protocol import Delta, FinishReason, SampleStart, Submit, Welcome
@@ -55,7 +57,7 @@ class EngineCore:
         self._requests: dict[str, dict[int, Sequence]] = {}
         self._eos_ids = frozenset(self.model.config.eos_token_ids)
         self._arrivals = 0
-        self._lookahead = self.model.device.type == "cuda" if lookahead is None else lookahead
+        self._lookahead = _runs_on_gpu(self.model.device) if lookahead is None else lookahead
         self._in_flight: _InFlight | None = None
         self._counters = {"prompt_tokens_total": 0, "output_tokens_total": 0, "requests_total": 0, "steps_total": 0}
         self._step_seconds = 0.0
@@ -251,7 +253,7 @@ class EngineCore:
 def _make_runner(
     model: LoadedModel, config: EngineConfig, progress: Callable[[str], None]
 ) -> ModelRunner | CudaRunner:
-    if model.device.type == "cpu":
+    if not _runs_on_gpu(model.device):
         return ModelRunner(model.decoder, model.kv_cache, device=model.device)
     from .cuda_runner import CudaRunner
 
@@ -264,3 +266,7 @@ def _make_runner(
         max_model_len=model.max_model_len,
         progress=progress,
     )
+
+
+def _runs_on_gpu(device: torch.device) -> bool:
+    return device.type == "cuda"

@@ -1,4 +1,4 @@
-"""One step of online softmax over a tile of paged keys: what prefill and decode attention share.
+"""Online softmax over tiles of paged keys: what prefill and decode attention share.
 
 Milakov and Gimelshein 2018 (online softmax); Dao et al. 2022 (FlashAttention). Knows no grid and no sequence.
 """
@@ -38,7 +38,7 @@ def dot_precision(dtype: torch.dtype) -> str:
 
 
 @triton.jit
-def attend_tile(
+def _attend_tile(
     acc,  # [ROWS, PADDED_DIM] float32: unnormalised output
     row_max,  # [ROWS] float32, finite from the start so that a fully masked tile gives exp2(-inf) = 0
     row_sum,  # [ROWS] float32
@@ -114,3 +114,44 @@ def attend_tile(
         probs *= tl.load(kv_scales + rows + NUM_KV_HEADS)[None, :]
     acc = tl.dot(probs.to(q.dtype), v.to(q.dtype), acc * decay[:, None], input_precision=PRECISION)
     return acc, new_max, row_sum
+
+
+@triton.jit
+def attend_keys(
+    acc,
+    row_max,
+    row_sum,
+    q,
+    begin,
+    end,
+    lower,
+    upper,
+    num_keys,
+    kv_cache,
+    kv_scales,
+    table,
+    kv_head,
+    score_factor,
+    score_cap,
+    NUM_KV_HEADS: tl.constexpr,
+    HEAD_DIM: tl.constexpr,
+    PADDED_DIM: tl.constexpr,
+    BLOCK_SIZE: tl.constexpr,
+    TILE_KEYS: tl.constexpr,
+    MASKED: tl.constexpr,
+    HAS_LOWER: tl.constexpr,
+    HAS_CAP: tl.constexpr,
+    SCALED: tl.constexpr,
+    PRECISION: tl.constexpr,
+):
+    """``_attend_tile`` over the tiles from begin to end; arguments as there."""
+    # A loop that may run zero times makes ptxas wait for every matrix instruction of it (its note C7515): the
+    # accumulators would be defined on the way around the loop too. Inside the condition it runs at least once.
+    if begin < end:
+        for key in range(begin, end, TILE_KEYS):
+            acc, row_max, row_sum = _attend_tile(
+                acc, row_max, row_sum, q, key, lower, upper, num_keys, kv_cache, kv_scales, table, kv_head,
+                score_factor, score_cap, NUM_KV_HEADS, HEAD_DIM, PADDED_DIM, BLOCK_SIZE, TILE_KEYS,
+                MASKED, HAS_LOWER, HAS_CAP, SCALED, PRECISION,
+            )  # fmt: skip
+    return acc, row_max, row_sum

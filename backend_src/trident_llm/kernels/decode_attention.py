@@ -14,7 +14,7 @@ import triton.language as tl
 from torch import Tensor
 from triton.language.extra.cuda import gdc_launch_dependents, gdc_wait
 
-from .attention_tile import attend_tile, dot_precision, score_scale
+from .attention_tile import attend_keys, dot_precision, score_scale
 from .checks import FLOAT_DTYPES, check_dtype, check_kv_cache, check_last_contiguous, check_shape
 
 _PROGRAMS_PER_PROCESSOR = 5
@@ -127,18 +127,16 @@ def _split_attention_kernel(
         upper = end + tl.zeros([PADDED_GROUP], tl.int32)
         table = block_tables + seq * stride_table
         full_end = begin + (end - begin) // TILE_KEYS * TILE_KEYS
-        for key in range(begin, full_end, TILE_KEYS):
-            acc, row_max, row_sum = attend_tile(
-                acc, row_max, row_sum, q_tile, key, upper, upper, end, kv_cache, kv_scales, table, kv_head,
-                score_factor, score_cap, NUM_KV_HEADS, HEAD_DIM, PADDED_DIM, BLOCK_SIZE, TILE_KEYS,
-                False, False, HAS_CAP, SCALED, PRECISION,
-            )  # fmt: skip
-        if full_end < end:
-            acc, row_max, row_sum = attend_tile(
-                acc, row_max, row_sum, q_tile, full_end, upper, upper, end, kv_cache, kv_scales, table, kv_head,
-                score_factor, score_cap, NUM_KV_HEADS, HEAD_DIM, PADDED_DIM, BLOCK_SIZE, TILE_KEYS,
-                True, False, HAS_CAP, SCALED, PRECISION,
-            )  # fmt: skip
+        acc, row_max, row_sum = attend_keys(
+            acc, row_max, row_sum, q_tile, begin, full_end, upper, upper, end, kv_cache, kv_scales, table, kv_head,
+            score_factor, score_cap, NUM_KV_HEADS, HEAD_DIM, PADDED_DIM, BLOCK_SIZE, TILE_KEYS,
+            False, False, HAS_CAP, SCALED, PRECISION,
+        )  # fmt: skip
+        acc, row_max, row_sum = attend_keys(
+            acc, row_max, row_sum, q_tile, full_end, end, upper, upper, end, kv_cache, kv_scales, table, kv_head,
+            score_factor, score_cap, NUM_KV_HEADS, HEAD_DIM, PADDED_DIM, BLOCK_SIZE, TILE_KEYS,
+            True, False, HAS_CAP, SCALED, PRECISION,
+        )  # fmt: skip
         result = acc / tl.where(row_sum > 0, row_sum, 1.0)[:, None]
         if NUM_SPLITS == 1:
             target = out + seq * stride_out_token + (head * HEAD_DIM)[:, None] + dims[None, :]
@@ -249,5 +247,5 @@ def decode_attention(
 
 
 def default_config(dtype: torch.dtype, head_dim: int) -> DecodeConfig:
-    """float32 and wide heads take twice the shared memory: fewer tiles in flight, of the same size."""
-    return DecodeConfig(num_stages=2) if dtype == torch.float32 and head_dim > 128 else DecodeConfig()
+    """float32 has no matrix units, and both operands of a product pass through registers: large tiles spill."""
+    return DecodeConfig(tile_keys=16, num_stages=2) if dtype == torch.float32 and head_dim > 64 else DecodeConfig()

@@ -29,9 +29,11 @@ class MatrixVectorConfig:
 
 
 def default_config(num_rows: int, num_inputs: int) -> MatrixVectorConfig:
-    """A whole weight row in flight per program; from three rows of x on, two weight rows share each read of x."""
-    tile = min(max(triton.next_power_of_2(num_inputs), 256), 16384 if num_rows <= 2 else 4096)
-    return MatrixVectorConfig(1 if num_rows <= 2 else 2, tile, max(1, min(8, tile // 512)))
+    """A whole weight row in flight per program; short ones in pairs when several rows of x are read for them."""
+    tile = min(max(triton.next_power_of_2(num_inputs), 256), 16384)
+    if num_rows <= 2:
+        return MatrixVectorConfig(1, tile, max(1, min(8, tile // 512)))
+    return MatrixVectorConfig(2 if tile <= 4096 else 1, tile, max(1, min(16, tile // 512)))
 
 
 @triton.jit

@@ -14,7 +14,7 @@ import triton.language as tl
 from torch import Tensor
 from triton.language.extra.cuda import gdc_launch_dependents, gdc_wait
 
-from .attention_tile import attend_tile, dot_precision, score_scale
+from .attention_tile import attend_keys, dot_precision, score_scale
 from .checks import FLOAT_DTYPES, check_dtype, check_kv_cache, check_last_contiguous, check_shape
 
 
@@ -35,7 +35,8 @@ def default_config(dtype: torch.dtype, head_dim: int, group: int) -> PrefillConf
     of K and V are in flight, with fewer each tile is waited for.
     """
     if dtype == torch.float32:
-        config = PrefillConfig(64, 32, 4, 1)
+        # Without matrix units both operands of a product pass through registers: large tiles spill.
+        config = PrefillConfig(32, 32, 4, 1) if head_dim <= 64 else PrefillConfig(16, 16, 4, 1)
     elif head_dim > 128:
         config = PrefillConfig(128, 32, 8, 5)
     else:
@@ -127,24 +128,21 @@ def _prefill_attention_kernel(
         full_begin = begin
         if HAS_WINDOW:
             full_begin = min(tl.cdiv(max(last_position + 1 - window, 0), TILE_KEYS) * TILE_KEYS, full_end)
-            for key in range(begin, full_begin, TILE_KEYS):
-                acc, row_max, row_sum = attend_tile(
-                    acc, row_max, row_sum, q_tile, key, lower, upper, context, kv_cache, kv_scales, table, kv_head,
-                    score_factor, score_cap, NUM_KV_HEADS, HEAD_DIM, PADDED_DIM, BLOCK_SIZE, TILE_KEYS,
-                    True, True, HAS_CAP, SCALED, PRECISION,
-                )  # fmt: skip
-        for key in range(full_begin, full_end, TILE_KEYS):
-            acc, row_max, row_sum = attend_tile(
-                acc, row_max, row_sum, q_tile, key, lower, upper, context, kv_cache, kv_scales, table, kv_head,
-                score_factor, score_cap, NUM_KV_HEADS, HEAD_DIM, PADDED_DIM, BLOCK_SIZE, TILE_KEYS,
-                False, False, HAS_CAP, SCALED, PRECISION,
+            acc, row_max, row_sum = attend_keys(
+                acc, row_max, row_sum, q_tile, begin, full_begin, lower, upper, context, kv_cache, kv_scales, table,
+                kv_head, score_factor, score_cap, NUM_KV_HEADS, HEAD_DIM, PADDED_DIM, BLOCK_SIZE, TILE_KEYS,
+                True, True, HAS_CAP, SCALED, PRECISION,
             )  # fmt: skip
-        for key in range(full_end, end_key, TILE_KEYS):
-            acc, row_max, row_sum = attend_tile(
-                acc, row_max, row_sum, q_tile, key, lower, upper, context, kv_cache, kv_scales, table, kv_head,
-                score_factor, score_cap, NUM_KV_HEADS, HEAD_DIM, PADDED_DIM, BLOCK_SIZE, TILE_KEYS,
-                True, HAS_WINDOW, HAS_CAP, SCALED, PRECISION,
-            )  # fmt: skip
+        acc, row_max, row_sum = attend_keys(
+            acc, row_max, row_sum, q_tile, full_begin, full_end, lower, upper, context, kv_cache, kv_scales, table,
+            kv_head, score_factor, score_cap, NUM_KV_HEADS, HEAD_DIM, PADDED_DIM, BLOCK_SIZE, TILE_KEYS,
+            False, False, HAS_CAP, SCALED, PRECISION,
+        )  # fmt: skip
+        acc, row_max, row_sum = attend_keys(
+            acc, row_max, row_sum, q_tile, full_end, end_key, lower, upper, context, kv_cache, kv_scales, table,
+            kv_head, score_factor, score_cap, NUM_KV_HEADS, HEAD_DIM, PADDED_DIM, BLOCK_SIZE, TILE_KEYS,
+            True, HAS_WINDOW, HAS_CAP, SCALED, PRECISION,
+        )  # fmt: skip
 
         result = acc / tl.where(row_sum > 0, row_sum, 1.0)[:, None]
         tl.store(
@@ -152,7 +150,6 @@ def _prefill_attention_kernel(
             result.to(out.dtype.element_ty),
             mask=inside,
         )
-
 
 
 def prefill_attention(

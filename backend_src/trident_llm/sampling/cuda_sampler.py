@@ -48,7 +48,8 @@ class CudaSampler:
     """Holds the sampled tokens of the last step and the penalty counts of the sequences that have penalties."""
 
     def __init__(self, *, max_samples: int, vocab_size: int, device: torch.device) -> None:
-        self.device = device
+        self._device = device
+        self._pinned = device.type == "cuda"
         self.token_ids = torch.zeros(max_samples, dtype=torch.int64, device=device)
         """[max_samples]: the last step's tokens, which the next step's inputs may refer to."""
         self._workspace = allocate_workspace(max_samples, device)
@@ -56,7 +57,7 @@ class CudaSampler:
         self._in_prompt = torch.zeros(max_samples, vocab_size, dtype=torch.uint8, device=device)
         self._free_slots = list(range(max_samples))
         self._slots: dict[EngineSequence, int] = {}
-        self._host_ids = [torch.zeros(max_samples, dtype=torch.int64, pin_memory=True) for _ in range(2)]
+        self._host_ids = [torch.zeros(max_samples, dtype=torch.int64, pin_memory=self._pinned) for _ in range(2)]
         self._turn = 0
 
     def field_values(self, samples: Sequence[Sample]) -> dict[str, list[Any]]:
@@ -102,21 +103,16 @@ class CudaSampler:
         if not any(biases) and not any(entry.seq.params.has_penalties for entry in samples):
             return logits
         count, width = len(samples), max(1, *(len(bias) for bias in biases))
-        ids = torch.zeros(count, width, dtype=torch.int32, pin_memory=True)
-        values = torch.zeros(count, width, dtype=torch.float32, pin_memory=True)
-        for i, bias in enumerate(biases):
-            if bias:
-                ids[i, : len(bias)] = torch.tensor(list(bias), dtype=torch.int32)
-                values[i, : len(bias)] = torch.tensor(list(bias.values()))
-        numbers = torch.tensor([len(bias) for bias in biases], dtype=torch.int32).pin_memory()
+        ids = [[*bias, *[0] * (width - len(bias))] for bias in biases]
+        values = [[*bias.values(), *[0.0] * (width - len(bias))] for bias in biases]
         adjustment = AdjustmentTensors(
             slot=fields["penalty_slot"][:count],
             repetition_penalty=fields["repetition_penalty"][:count],
             frequency_penalty=fields["frequency_penalty"][:count],
             presence_penalty=fields["presence_penalty"][:count],
-            num_biases=numbers.to(self.device, non_blocking=True),
-            bias_ids=ids.to(self.device, non_blocking=True),
-            bias_values=values.to(self.device, non_blocking=True),
+            num_biases=self._send([len(bias) for bias in biases], torch.int32),
+            bias_ids=self._send(ids, torch.int32),
+            bias_values=self._send(values, torch.float32),
         )
         out = torch.empty_like(logits, dtype=torch.float32)
         adjust_logits(logits, out, adjustment, self._output_counts, self._in_prompt)
@@ -131,7 +127,8 @@ class CudaSampler:
         logprobs = None
         if asked:
             found = token_logprobs(logits, self.token_ids[:count], max(asked))
-            logprobs = LogprobTensors(*(_pinned(t) for t in (found.chosen, found.rank, found.top_ids, found.top)))
+            columns = (found.chosen, found.rank, found.top_ids, found.top)
+            logprobs = LogprobTensors(*(self._receive(column) for column in columns))
         return DeviceSamples(host, logprobs)
 
     def _slot_of(self, seq: EngineSequence) -> int:
@@ -139,11 +136,18 @@ class CudaSampler:
         if seq in self._slots:
             return self._slots[seq]
         slot = self._slots[seq] = self._free_slots.pop()
-        tokens = torch.tensor(seq.token_ids, dtype=torch.int64).pin_memory().to(self.device, non_blocking=True)
+        tokens = self._send(seq.token_ids, torch.int64)
         prompt, output = tokens[: seq.num_prompt_tokens], tokens[seq.num_prompt_tokens :]
         self._in_prompt[slot].zero_().index_fill_(0, prompt, 1)
         self._output_counts[slot].zero_().index_add_(0, output, torch.ones_like(output, dtype=torch.int32))
         return slot
+
+    def _send(self, values: Sequence[Any], dtype: torch.dtype) -> Tensor:
+        return torch.tensor(values, dtype=dtype, pin_memory=self._pinned).to(self._device, non_blocking=True)
+
+    def _receive(self, tensor: Tensor) -> Tensor:
+        host = torch.empty(tensor.shape, dtype=tensor.dtype, pin_memory=self._pinned)
+        return host.copy_(tensor, non_blocking=True)
 
 
 def _is_identity(samples: Sequence[Sample]) -> bool:
@@ -163,11 +167,5 @@ def _signed(seed: int) -> int:
     """The int64 with the bits of ``seed`` modulo 2**64."""
     seed &= 0xFFFFFFFFFFFFFFFF
     return seed - 2**64 if seed >= 2**63 else seed
-
-
-def _pinned(tensor: Tensor) -> Tensor:
-    host = torch.empty(tensor.shape, dtype=tensor.dtype, pin_memory=True)
-    host.copy_(tensor, non_blocking=True)
-    return host
 
 

@@ -1,0 +1,32 @@
+"""Run by test_gpu_path in a process with TRITON_INTERPRET=1."""
+
+from __future__ import annotations
+
+import pytest
+
+from tests.engine.test_cuda_engine import random_requests, run
+from tests.fakes.fake_cuda import run_gpu_path_on_cpu
+from tests.fakes.tiny_models import write_tiny_llama
+from trident_llm import EngineConfig
+from trident_llm.engine.engine import EngineCore
+
+
+@pytest.mark.parametrize(
+    ("settings", "preempts"),
+    [
+        ({}, False),
+        ({"max_num_blocks": 5, "max_num_batched_tokens": 16, "prefix_caching": False}, True),
+    ],
+    ids=["whole", "chunked-small-pool"],
+)
+def test_tokens_equal_those_of_the_cpu(tmp_path, monkeypatch, settings, preempts):
+    folder = write_tiny_llama(tmp_path, vocab=1000)
+    defaults = {"dtype": "fp32", "device": "cpu", "max_num_blocks": 64, "block_size": 8, "max_num_seqs": 6}
+    requests = random_requests(7, longest=20, longest_output=8)
+    expected, reasons = run(EngineCore(EngineConfig(model=str(folder), **defaults)), requests)
+    run_gpu_path_on_cpu(monkeypatch)
+    core = EngineCore(EngineConfig(model=str(folder), **{**defaults, **settings}))
+    got, got_reasons = run(core, requests)
+    assert got == expected and got_reasons == reasons
+    assert (core.stats()["preemptions_total"] > 0) == preempts
+    assert core.stats()["kv_blocks_used"] == 0

@@ -1,0 +1,43 @@
+"""What CudaRunner needs of a GPU, on the CPU: graphs that run their work eagerly, and events that have happened."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+
+import pytest
+import torch
+from torch import Tensor
+
+from trident_llm.engine import cuda_runner
+from trident_llm.engine.cuda_graphs import CudaGraphs
+from trident_llm.kernels.triton_language import TritonLanguageKernels
+from trident_llm.models import llama
+
+
+class EagerGraphs(CudaGraphs):
+    """Every replay computes what the captured graph would, from the same buffers."""
+
+    def capture(self, progress: Callable[[str], None]) -> int:
+        progress("nothing to capture")
+        return 0
+
+    def replay(self, bucket: int) -> Tensor:
+        return self._forward(bucket)
+
+
+class DoneEvent:
+    def record(self) -> None:
+        pass
+
+    def synchronize(self) -> None:
+        pass
+
+
+def run_gpu_path_on_cpu(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Make engines on the CPU use the GPU's runner, sampler and kernels. Needs TRITON_INTERPRET=1."""
+    kernels = TritonLanguageKernels(num_processors=4, pdl=False)
+    monkeypatch.setattr(llama, "kernels_for", lambda device: kernels)
+    monkeypatch.setattr(cuda_runner, "CudaGraphs", EagerGraphs)
+    monkeypatch.setattr(torch.cuda, "Event", DoneEvent)
+    monkeypatch.setattr("trident_llm.engine.engine._runs_on_gpu", lambda device: True)
+
