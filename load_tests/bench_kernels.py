@@ -48,7 +48,7 @@ class Results:
         self, kernel: str, shape: str, runs_ms: Sequence[float], *, num_bytes: float = 0, flops: float = 0
     ) -> None:
         ms = statistics.median(runs_ms)
-        row = [f"{kernel:<28}{shape:<34}{ms * 1e3:10.2f} us"]
+        row = [f"{kernel:<38}{shape:<32}{ms * 1e3:10.2f} us"]
         self._write(kernel, shape, "us", ms * 1e3, runs_ms)
         if num_bytes:
             rate = num_bytes / ms / 1e6
@@ -62,7 +62,7 @@ class Results:
 
     def ceiling(self, name: str, metric: str, value: float) -> None:
         self._write(name, "ceiling", metric, value, [])
-        print(f"{name:<62}{value:10.0f} {metric}", flush=True)
+        print(f"{name:<70}{value:10.0f} {metric}", flush=True)
 
     def _write(self, kernel: str, shape: str, metric: str, value: float, runs_ms: Sequence[float]) -> None:
         line: dict[str, Any] = {

@@ -5,6 +5,7 @@ from __future__ import annotations
 import os
 import re
 import shlex
+import shutil
 import subprocess
 import sys
 import urllib.request
@@ -76,7 +77,7 @@ def server(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Serving]:
         yield server
 
 
-def run(block: Block, server: Serving) -> str:
+def run(block: Block, server: Serving, *, own_curl: bool = shutil.which("curl") is None) -> str:
     """The output of ``block``, which runs as it is but for ports, paths of programs, the load test's length, and the
     model from the hub, whose local copy it gets."""
     ports = server.ports
@@ -86,6 +87,8 @@ def run(block: Block, server: Serving) -> str:
     python = shlex.quote(sys.executable)
     code = re.sub(r"\.venv/bin/trident (\w+)", rf"{python} -m trident_client.cli \1 --url {server.grpc_url}", code)
     code = re.sub(r"\.venv/bin/locust", f"{python} -m locust --run-time 4s", code)
+    if own_curl and block.language == "sh":
+        code = f'curl() {{ {python} tests/fakes/curl.py "$@"; }}\n{code}'
     command = [sys.executable, "-c", code] if block.language == "python" else ["bash", "-euo", "pipefail", "-c", code]
     paths = [str(ROOT / "backend_src"), str(ROOT / "client"), os.environ.get("PYTHONPATH", "")]
     environment = {**os.environ, "PYTHONPATH": os.pathsep.join(filter(None, paths))}
@@ -101,6 +104,13 @@ def run(block: Block, server: Serving) -> str:
 def test_a_block_does_what_it_shows(server: Serving, document: Path, index: int) -> None:
     output = run(runnable(document)[index], server)
     assert re.search(EXPECTED[document][index], output, re.DOTALL | re.MULTILINE), output
+
+
+@pytest.mark.live
+@pytest.mark.parametrize("index", [0, 1, 2])
+def test_the_stand_in_for_curl_does_the_same(server: Serving, index: int) -> None:
+    output = run(runnable(README)[index], server, own_curl=True)
+    assert re.search(EXPECTED[README][index], output, re.DOTALL | re.MULTILINE), output
 
 
 @pytest.mark.parametrize("document", EXPECTED, ids=lambda document: document.name)

@@ -20,6 +20,7 @@ class _Utils:
     def load_binary(self, name: str, kernel: bytes, shared: int, device: int) -> tuple[Any, ...]:
         del device
         self._driver.compiled.append((name, len(kernel), shared))
+        self._driver.machine_code[name] = kernel
         return object(), 0, 0, 0, 1024
 
 
@@ -34,7 +35,8 @@ class _Launcher:
 
 
 class FakeHopperDriver:
-    """``compiled`` lists (name, size of the machine code, bytes of shared memory) of every kernel that was launched."""
+    """``compiled`` lists (name, size of the machine code, bytes of shared memory) of every kernel that was launched;
+    ``machine_code`` holds the cubin of each name's last one."""
 
     launcher_cls = _Launcher
     _numbers = itertools.count(1000)
@@ -43,6 +45,7 @@ class FakeHopperDriver:
         # Kernels are kept by device number: no other driver has this one, so none is shared.
         self._number = next(self._numbers)
         self.compiled: list[tuple[str, int, int]] = []
+        self.machine_code: dict[str, bytes] = {}
         self.utils = _Utils(self)
 
     def get_current_target(self) -> GPUTarget:

@@ -2,10 +2,13 @@
 
 from __future__ import annotations
 
+import subprocess
 from dataclasses import replace
+from pathlib import Path
 
 import pytest
 import torch
+import triton.backends.nvidia
 from triton.runtime import driver
 
 from tests.fakes.fake_hopper import FakeHopperDriver
@@ -52,6 +55,20 @@ def test_attention(
     assert names == [
         "_rotary_store_kernel", "_split_attention_kernel", "_combine_splits_kernel", "_prefill_attention_kernel"
     ]  # fmt: skip
+
+
+def test_matrix_instructions_of_prefill_attention_overlap(hopper: FakeHopperDriver, tmp_path: Path) -> None:
+    """Where ptxas serializes them, every one is followed by a wait of its own."""
+    steps = PagedSteps(1, max_len=256, block_size=16)
+    plan = KERNELS.plan_attention(steps.metadata([Chunk(0, 0, 200)]), dtype=torch.bfloat16)
+    cache = torch.empty(steps.num_blocks, 16, 2, 8, 128, dtype=torch.bfloat16)
+    KERNELS.paged_attention(torch.empty(200, 32, 128, dtype=torch.bfloat16), cache, plan, 0.1)
+    cubin = tmp_path / "kernel.cubin"
+    cubin.write_bytes(hopper.machine_code["_prefill_attention_kernel"])
+    tool = Path(triton.backends.nvidia.__file__).parent / "bin" / "nvdisasm"
+    code = subprocess.run([tool, "-c", cubin], capture_output=True, text=True, check=True).stdout
+    assert code.count("HGMMA") >= 16
+    assert code.count("WARPGROUP.DEPBAR") < code.count("HGMMA") // 2
 
 
 @pytest.mark.parametrize("num_rows", [1, 4, 8, 64])

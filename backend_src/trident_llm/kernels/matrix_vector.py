@@ -57,7 +57,7 @@ def _matrix_vector_kernel(
 ):
     if PDL:
         gdc_launch_dependents()
-    # All tensors are [rows, outputs, columns] from the load on: one layout, so that nothing passes through shared memory.
+    # Loads are [rows, outputs, columns] like the products: with one layout nothing passes through shared memory.
     outputs = (tl.program_id(0) * TILE_OUTPUTS + tl.arange(0, TILE_OUTPUTS))[None, :, None]
     columns = tl.arange(0, TILE_INPUTS)[None, None, :]
     rows = tl.arange(0, PADDED_ROWS)[:, None, None]
