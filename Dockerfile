@@ -33,5 +33,5 @@ HEALTHCHECK --interval=10s --timeout=5s --start-period=30m --retries=3 \
     CMD curl --fail --silent --output /dev/null http://127.0.0.1:8000/v2/health/ready
 
 # Without TRIDENT_ADMIN_TOKEN the launcher refuses to listen beyond the container and says so.
-ENTRYPOINT ["/bin/bash", "-c", "exec scripts/serve --host 0.0.0.0 --set \"admin_token=$TRIDENT_ADMIN_TOKEN\" \"$@\"", "serve"]
+ENTRYPOINT ["scripts/serve", "--host", "0.0.0.0"]
 CMD []

@@ -43,7 +43,8 @@ def random_requests(count, seed=0, longest=60, longest_output=24, **fixed):
             "logprobs": rng.choice([None, None, 2]),
             **fixed,
         }
-        params = SamplingParams(seed=index, max_tokens=rng.randint(1, longest_output), ignore_eos=bool(index % 2), **options)
+        limits = {"max_tokens": rng.randint(1, longest_output), "ignore_eos": bool(index % 2)}
+        params = SamplingParams(seed=index, **limits, **options)
         samples = [SampleStart(index=i) for i in range(rng.choice([1, 1, 1, 3]))]
         prompt = [rng.randrange(5, 1000) for _ in range(rng.randint(1, longest))]
         requests.append(Submit(request_id=f"r{next(_names)}", prompt_ids=prompt, params=params, samples=samples))

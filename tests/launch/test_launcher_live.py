@@ -26,13 +26,13 @@ def launch(request: pytest.FixtureRequest, tmp_path: Path) -> Iterator[Launch]:
     launch.close()
 
 
-TOKEN = 'q"uo\\te\n} ü'
+TEXT = 'q"uo\\te\n} ü'
 
 
-@pytest.mark.parametrize("launch", [("--set", f"admin_token={TOKEN}")], indirect=True)
+@pytest.mark.parametrize("launch", [("--set", f"revision={TEXT}")], indirect=True)
 def test_it_serves_and_leaves_nothing(launch: Launch) -> None:
     launch.wait_for(r"is ready after [\d.]+ s\.\n\n> What is the capital of France\?\n.*capital of France", 30)
-    assert launch.ask("setting admin_token") == TOKEN
+    assert launch.ask("setting revision") == TEXT
     assert len(launch.members()) >= 3
     assert launch.end(signal.SIGTERM) < END_SECONDS
     assert launch.process.returncode == 0 and launch.leftovers() == []

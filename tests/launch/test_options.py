@@ -82,6 +82,13 @@ def test_listening_beyond_loopback_needs_an_admin_token(host: str) -> None:
     assert options.is_public and options.connect_host == ("127.0.0.1" if host == "0.0.0.0" else host)
 
 
+def test_the_admin_token_may_come_from_the_environment(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("TRIDENT_ADMIN_TOKEN", "from outside")
+    assert parse("--host", "0.0.0.0").settings == {"admin_token": "from outside"}
+    assert parse("--set", "admin_token=given").settings == {"admin_token": "given"}
+    assert parse("--only", "other").settings == {}
+
+
 @pytest.mark.parametrize("host", ["127.0.0.1", "127.0.0.2", "localhost"])
 def test_loopback_needs_no_admin_token(host: str) -> None:
     assert not parse("--host", host).is_public

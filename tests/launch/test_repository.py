@@ -36,15 +36,21 @@ def test_any_text_survives_the_round_trip(settings: dict[str, str]) -> None:
 
 
 @pytest.mark.parametrize(
-    "token", ['a"b', "a\\b", 'x" } } parameters { key: "dtype', "line\nbreak", "ünï ☃", "#no comment"]
+    "revision", ['a"b', "a\\b", 'x" } } parameters { key: "dtype', "line\nbreak", "ünï ☃", "#no comment"]
 )
-def test_settings_reach_the_copy_as_they_are(tmp_path: Path, token: str) -> None:
-    engine = copy_repository(options("--model=a/b", "--doors=3", "--set", f"admin_token={token}"), tmp_path)
+def test_settings_reach_the_copy_as_they_are(tmp_path: Path, revision: str) -> None:
+    engine = copy_repository(options("--model=a/b", "--doors=3", "--set", f"revision={revision}"), tmp_path)
     config = read_config(tmp_path / "llm/config.pbtxt")
-    assert parameters(config) == {"max_num_seqs": "64", "model": "a/b", "admin_token": token}
+    assert parameters(config) == {"max_num_seqs": "64", "model": "a/b", "revision": revision}
     assert config.instance_group[0].count == 3
     assert config.model_transaction_policy.decoupled
-    assert engine is not None and (engine.admin_token, engine.max_num_seqs) == (token, 64)
+    assert engine is not None and (engine.revision, engine.max_num_seqs) == (revision, 64)
+
+
+def test_the_secret_is_not_written(tmp_path: Path) -> None:
+    engine = copy_repository(options("--set", "admin_token=hush"), tmp_path)
+    assert "hush" not in (tmp_path / "llm/config.pbtxt").read_text()
+    assert engine is not None and engine.admin_token == "hush"
 
 
 def test_the_original_stays_as_it_is(tmp_path: Path) -> None:

@@ -53,6 +53,8 @@ def _serve(options: Options, ports: Ports) -> NoReturn:
     with new_run_folder() as run, contextlib.ExitStack() as at_end:
         at_end.callback(Watchdog(run).release)
         at_end.callback(run.clear, grace=_ENGINE_EXIT_SECONDS)
+        # Whatever ends this block, a signal must not interrupt the clearing.
+        at_end.callback(_ignore_signals)
         server = _start(options, ports, run)
         at_end.callback(server.stop)
         at_end.callback(_ignore_signals)
@@ -68,11 +70,11 @@ def _serve(options: Options, ports: Ports) -> NoReturn:
 
 
 def _start(options: Options, ports: Ports, run: RunFolder) -> ServerProcess:
-    copy_repository(options, run.models)
+    engine = copy_repository(options, run.models)
     home = find_server(os.environ, run.backends)
     return ServerProcess(
         server_command(home, options, ports, run),
-        server_environment(os.environ, home, run),
+        server_environment(os.environ, home, run, engine.admin_token if engine is not None else ""),
         (options.connect_host, ports.http),
         options.log or run.log,
     )

@@ -4,12 +4,14 @@ from __future__ import annotations
 
 import argparse
 import ipaddress
+import os
 import socket
 from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
 from ..errors import BadRequest, NotFound
+from ..server.model_config import ADMIN_TOKEN_VARIABLE
 
 PORT_OPTIONS = ("--http-port", "--grpc-port", "--metrics-port")
 
@@ -48,6 +50,8 @@ def parse_options(arguments: Sequence[str]) -> Options:
     names = model_names(repository)
     only = _only(args.only, names)
     settings = _settings(args.set)
+    if "llm" in (only or names) and os.environ.get(ADMIN_TOKEN_VARIABLE):
+        settings.setdefault("admin_token", os.environ[ADMIN_TOKEN_VARIABLE])
     if args.model is not None and "model" in settings:
         raise BadRequest("--model and --set model=... are the same setting; give one of them")
     model = args.model if args.model is not None else settings.pop("model", "")
@@ -69,7 +73,7 @@ def parse_options(arguments: Sequence[str]) -> Options:
     if options.is_public and not settings.get("admin_token"):
         raise BadRequest(
             f"--host {args.host}: other machines could reach the server; set a secret for llm_admin with "
-            "--set admin_token=..., or listen on 127.0.0.1"
+            f"the environment variable {ADMIN_TOKEN_VARIABLE} or --set admin_token=..., or listen on 127.0.0.1"
         )
     return options
 

@@ -45,7 +45,8 @@ def default_model() -> str:
 def configure_llm(config: model_config_pb2.ModelConfig, options: Options) -> EngineConfig:
     """Write the launch's settings into the config of the model ``llm``.
 
-    Returns the settings as the engine will read them. Raises ``BadRequest`` naming the setting that is wrong.
+    Returns the settings as the engine will read them: with ``admin_token``, which is not written, because the server
+    shows its models' configs. Raises ``BadRequest`` naming the setting that is wrong.
     """
     values = {"model": options.model or config.parameters["model"].string_value or default_model(), **options.settings}
     for key, value in values.items():
@@ -53,7 +54,8 @@ def configure_llm(config: model_config_pb2.ModelConfig, options: Options) -> Eng
             value.encode()
         except UnicodeEncodeError:
             raise BadRequest(f"{key}: {value!r} is not valid UTF-8") from None
-        config.parameters[key].string_value = value
+        if key != "admin_token":
+            config.parameters[key].string_value = value
     if options.doors is not None:
         if not config.instance_group:
             config.instance_group.add(kind=model_config_pb2.ModelInstanceGroup.KIND_CPU)
@@ -61,7 +63,8 @@ def configure_llm(config: model_config_pb2.ModelConfig, options: Options) -> Eng
     model_config = json_format.MessageToDict(
         config, preserving_proto_field_name=True, always_print_fields_with_no_presence=True
     )
-    engine_config = EngineConfig.from_parameters(parameters_of(model_config))
+    secret = {"admin_token": values["admin_token"]} if "admin_token" in values else {}
+    engine_config = EngineConfig.from_parameters({**parameters_of(model_config), **secret})
     if config.instance_group:
         check_capacity(model_config, engine_config)
     return engine_config

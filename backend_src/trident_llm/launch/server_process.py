@@ -13,6 +13,7 @@ from collections.abc import Callable, Mapping
 from pathlib import Path
 
 from ..errors import LoadFailed
+from ..server.model_config import ADMIN_TOKEN_VARIABLE
 from .options import Options
 from .ports import Ports
 from .repository import PACKAGE_FOLDER
@@ -51,7 +52,9 @@ def server_command(home: ServerHome, options: Options, ports: Ports, run: RunFol
     return command
 
 
-def server_environment(environ: Mapping[str, str], home: ServerHome, run: RunFolder) -> dict[str, str]:
+def server_environment(
+    environ: Mapping[str, str], home: ServerHome, run: RunFolder, admin_token: str = ""
+) -> dict[str, str]:
     """The server's embedded Python becomes that of the first python3 on PATH: this process's own."""
     environment = dict(environ)
     environment["PATH"] = os.pathsep.join([str(Path(sys.executable).parent), environ.get("PATH", os.defpath)])
@@ -60,6 +63,8 @@ def server_environment(environ: Mapping[str, str], home: ServerHome, run: RunFol
         filter(None, [*map(str, home.libraries), environ.get("LD_LIBRARY_PATH")])
     )
     environment[RUN_VARIABLE] = str(run.path)
+    if admin_token:
+        environment[ADMIN_TOKEN_VARIABLE] = admin_token
     return environment
 
 

@@ -13,6 +13,8 @@ from ..errors import BadRequest
 from ..run_directory import Launch
 
 ENGINE_PARAMETER = "engine"
+ADMIN_TOKEN_VARIABLE = "TRIDENT_ADMIN_TOKEN"
+"""Environment variable with the setting admin_token: what stands in config.pbtxt the server tells anyone who asks."""
 _BACKEND_PARAMETERS = ("EXECUTION_ENV_PATH", "FORCE_CPU_ONLY_INPUT_TENSORS")
 """Parameters of the server's Python backend itself."""
 
@@ -84,9 +86,13 @@ def complete_admin_config(config: Any) -> Any:
 
 
 def parameters_of(model_config: dict[str, Any]) -> dict[str, str]:
-    """The model's parameters that are meant for this project."""
-    parameters = {key: value["string_value"] for key, value in model_config.get("parameters", {}).items()}
-    return {key: value for key, value in parameters.items() if key not in _BACKEND_PARAMETERS}
+    """The model's parameters that are meant for this project, and the environment's secret if it owns an engine."""
+    given = {key: value["string_value"] for key, value in model_config.get("parameters", {}).items()}
+    parameters = {key: value for key, value in given.items() if key not in _BACKEND_PARAMETERS}
+    secret = os.environ.get(ADMIN_TOKEN_VARIABLE)
+    if secret and ENGINE_PARAMETER not in parameters:
+        parameters["admin_token"] = secret
+    return parameters
 
 
 def check_capacity(model_config: dict[str, Any], engine: EngineConfig) -> None:
