@@ -30,7 +30,7 @@ VOLUME /var/cache/trident
 EXPOSE 8000 8001 8002
 
 HEALTHCHECK --interval=10s --timeout=5s --start-period=30m --retries=3 \
-    CMD curl --fail --silent --output /dev/null http://127.0.0.1:8000/v2/health/ready
+    CMD curl --fail --silent http://127.0.0.1:8002/metrics | grep --quiet '^trident_engine_ready.* 1$'
 
 # Without TRIDENT_ADMIN_TOKEN the launcher refuses to listen beyond the container and says so.
 ENTRYPOINT ["scripts/serve", "--host", "0.0.0.0"]

@@ -1,14 +1,13 @@
 """Delivery-only execute (the engine in a process of its own) against an engine step inside execute, with a real
 Triton server and no model: a step is some milliseconds of computing, and gives every live stream one token.
 
-``python -m load_tests.bench_delivery --step-ms 10 --streams 1 16 64`` appends one JSON line per case to
-load_tests/results/delivery.jsonl.
+``python -m load_tests.bench_delivery --step-ms 10 --streams 1 16 64`` appends to load_tests/results/delivery.jsonl. The
+variants alternate, so that a noisy machine disturbs all of them.
 """
 
 from __future__ import annotations
 
 import argparse
-import json
 import os
 import shutil
 import statistics
@@ -16,9 +15,10 @@ import tempfile
 import time
 from collections.abc import Iterator
 from contextlib import contextmanager
-from dataclasses import asdict, dataclass
+from dataclasses import dataclass
 from pathlib import Path
 
+from load_tests.results_file import ResultsFile
 from tests.fakes.byte_tokenizer import write_byte_tokenizer
 from tests.live.live_server import LiveServer, fake_repository, serve
 from tests.live.requests import Answer, GrpcStream
@@ -30,24 +30,17 @@ LATE_REQUEST = "late"
 
 @dataclass(frozen=True)
 class Case:
-    """One line of results. Times in milliseconds; the late request arrives while all others run."""
+    """One run. Times in milliseconds; the late request arrives while all others run."""
 
-    model: str
-    doors: int
-    step_ms: float
-    num_streams: int
     tokens_per_second: float
-    possible_tokens_per_second: float
-    responses: int
-    first_token_ms_median: float
-    first_token_ms_max: float
+    first_token_ms: float
+    """Median over the streams."""
     late_first_token_ms: float
-    num_cores: int
     load_average: float
-    """Of the last minute, when the case began: more than num_cores means that others disturbed it."""
+    """Of the last minute, when the run began: more than the cores means that others disturbed it."""
 
 
-def run_case(server: LiveServer, model: str, num_streams: int, num_tokens: int, step_ms: float, doors: int) -> Case:
+def run_case(server: LiveServer, model: str, num_streams: int, num_tokens: int) -> Case:
     """All streams at once on one gRPC connection, and one more when they have run for half a second."""
     options: dict[str, object] = {"max_tokens": num_tokens}
     if model != "step_inside":
@@ -61,7 +54,7 @@ def run_case(server: LiveServer, model: str, num_streams: int, num_tokens: int, 
         for name in names:
             submitted[name] = time.monotonic()
             stream.submit("hello", request_id=name, **options)
-        finished = responses = tokens = 0
+        finished = tokens = 0
         last = began
         while finished < num_streams + 1:
             if LATE_REQUEST not in submitted and time.monotonic() - began > 0.5:
@@ -72,20 +65,12 @@ def run_case(server: LiveServer, model: str, num_streams: int, num_tokens: int, 
             first.setdefault(answer.request_id, now)
             finished += answer.is_final
             if answer.request_id != LATE_REQUEST:
-                tokens, responses, last = tokens + _num_tokens(answer), responses + 1, now
+                tokens, last = tokens + _num_tokens(answer), now
     waits = [1000 * (first[name] - submitted[name]) for name in names]
     return Case(
-        model=model,
-        doors=doors,
-        step_ms=step_ms,
-        num_streams=num_streams,
-        tokens_per_second=round(tokens / (last - began), 1),
-        possible_tokens_per_second=round(1000 * num_streams / step_ms, 1),
-        responses=responses,
-        first_token_ms_median=round(statistics.median(waits), 1),
-        first_token_ms_max=round(max(waits), 1),
-        late_first_token_ms=round(1000 * (first[LATE_REQUEST] - submitted[LATE_REQUEST]), 1),
-        num_cores=len(os.sched_getaffinity(0)),
+        tokens_per_second=tokens / (last - began),
+        first_token_ms=statistics.median(waits),
+        late_first_token_ms=1000 * (first[LATE_REQUEST] - submitted[LATE_REQUEST]),
         load_average=load_average,
     )
 
@@ -115,14 +100,27 @@ def main() -> None:
     parser.add_argument("--tokens", type=int, default=300)
     parser.add_argument("--doors", type=int, default=2, help="instances of llm")
     parser.add_argument("--models", nargs="+", default=["step_inside", "llm", "llm_vllm"])
+    parser.add_argument("--runs", type=int, default=3)
     arguments = parser.parse_args()
-    with bench_server(arguments.step_ms, arguments.doors) as server, RESULTS.open("a") as results:
-        for num_streams in arguments.streams:
-            for model in arguments.models:
-                case = run_case(server, model, num_streams, arguments.tokens, arguments.step_ms, arguments.doors)
-                line = json.dumps(asdict(case))
-                print(line, flush=True)
-                results.write(line + "\n")
+    keys = [(num_streams, model) for num_streams in arguments.streams for model in arguments.models]
+    cases: dict[tuple[int, str], list[Case]] = {key: [] for key in keys}
+    with bench_server(arguments.step_ms, arguments.doors) as server:
+        for _ in range(arguments.runs):
+            for num_streams, model in keys:
+                cases[num_streams, model].append(run_case(server, model, num_streams, arguments.tokens))
+    settings = {"step_ms": arguments.step_ms, "doors": arguments.doors, "new_tokens": arguments.tokens}
+    for (num_streams, model), runs in cases.items():
+        results = ResultsFile(
+            path=RESULTS,
+            benchmark="bench_delivery",
+            model=f"a step of {arguments.step_ms:g} ms",
+            variant=model,
+            settings={**settings, "load_average": max(case.load_average for case in runs)},
+        )
+        workload = f"streams_{num_streams}"
+        results.record(workload, "output_tok_s", [case.tokens_per_second for case in runs])
+        results.record(workload, "first_token_ms", [case.first_token_ms for case in runs])
+        results.record(workload, "late_first_token_ms", [case.late_first_token_ms for case in runs])
 
 
 if __name__ == "__main__":

@@ -82,7 +82,7 @@ def _command(commands: Any, name: str, meaning: str, run: Any) -> argparse.Argum
         name, help=meaning, description=meaning, epilog=_EXIT_CODES, allow_abbrev=False
     )
     parser.add_argument("--url", default="localhost:8001", help="host:port of the gRPC endpoint (%(default)s)")
-    parser.add_argument("--model", default="llm", help="the generation door (%(default)s)")
+    parser.add_argument("--model", default="llm", help="the main door, iterative sequence batching (%(default)s)")
     parser.add_argument("--timeout", type=float, metavar="SECONDS", help="give up after this time (never)")
     parser.set_defaults(run=run, admin_token="")
     return parser

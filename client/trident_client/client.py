@@ -29,7 +29,7 @@ from .wire import (
 class TridentClient:
     """A connection to one server. Safe for threads: each generation is a gRPC stream of its own on a shared channel.
 
-    ``url`` is host:port of the server's gRPC endpoint, ``model`` the generation door; ``admin_token`` is the server's
+    ``url`` is host:port of the server's gRPC endpoint, ``model`` the main door; ``admin_token`` is the server's
     setting of that name; ``credentials`` turn TLS on. Errors are those of ``trident_client.errors``. Close the client,
     or use it in a ``with`` statement.
     """

@@ -89,10 +89,11 @@ def serve(*arguments: str) -> Iterator[LiveServer]:
     with new_run_folder() as run:
         process = None
         try:
-            copy_repository(options, run.models)
+            engine = copy_repository(options, run.models)
             home = find_server(os.environ, run.backends)
             command = server_command(home, options, ports, run)
-            environment = server_environment(os.environ, home, run)
+            token = engine.admin_token if engine is not None else ""
+            environment = server_environment(os.environ, home, run, token)
             process = ServerProcess(command, environment, ("127.0.0.1", ports.http), run.log)
             began = time.monotonic()
             process.wait_until_ready(lambda: _check_time(began))

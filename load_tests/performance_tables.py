@@ -1,0 +1,64 @@
+"""Writes the tables of docs/performance.md from load_tests/results: the latest line of each measurement.
+
+    python load_tests/performance_tables.py
+"""
+
+from __future__ import annotations
+
+import json
+import re
+from collections.abc import Iterable
+from pathlib import Path
+from typing import Any
+
+RESULTS = Path(__file__).parent / "results"
+DOCUMENT = Path(__file__).parents[1] / "docs" / "performance.md"
+_MARKED = re.compile(r"(<!-- table: (\w+) -->\n).*?(<!-- end -->)", re.DOTALL)
+
+
+def latest(lines: Iterable[dict[str, Any]]) -> list[dict[str, Any]]:
+    """The last line of each measurement, in the order in which they first came."""
+    found: dict[tuple[str, ...], dict[str, Any]] = {}
+    for line in lines:
+        key = tuple(str(line[name]) for name in ("benchmark", "device", "model", "variant", "workload", "metric"))
+        found[key] = line
+    return list(found.values())
+
+
+def table(benchmark: str, lines: Iterable[dict[str, Any]]) -> str:
+    """Markdown for one benchmark: a row a workload, a column a variant; all runs stand in the results file."""
+    chosen = latest(line for line in lines if line.get("benchmark") == benchmark)
+    parts = []
+    for device, model in dict.fromkeys((line["device"], line["model"]) for line in chosen):
+        rows = [line for line in chosen if (line["device"], line["model"]) == (device, model)]
+        variants = list(dict.fromkeys(line["variant"] for line in rows))
+        newest = max(rows, key=lambda line: line["date"])
+        versions = ", ".join(f"{name} {version}" for name, version in newest["versions"].items())
+        parts.append(f"{model} on {device}; {newest['date'][:10]}, commit {newest['commit']}, {versions}:\n")
+        parts.append("| workload | unit | " + " | ".join(variants) + " |\n|---|---|" + "---|" * len(variants))
+        for workload, metric in dict.fromkeys((line["workload"], line["metric"]) for line in rows):
+            same = [line for line in rows if (line["workload"], line["metric"]) == (workload, metric)]
+            values = {line["variant"]: line["value"] for line in same}
+            cells = " | ".join(_number(values.get(variant)) for variant in variants)
+            parts.append(f"| {workload} | {metric} | {cells} |")
+        parts.append("")
+    return "\n".join(parts)
+
+
+def render(document: str, lines: list[dict[str, Any]]) -> str:
+    """``document`` with every marked table made anew."""
+    return _MARKED.sub(lambda match: f"{match[1]}{table(match[2], lines)}{match[3]}", document)
+
+
+def read_results(folder: Path = RESULTS) -> list[dict[str, Any]]:
+    return [json.loads(line) for path in sorted(folder.glob("*.jsonl")) for line in path.read_text().splitlines()]
+
+
+def _number(value: float | None) -> str:
+    if value is None:
+        return ""
+    return f"{value:,.0f}" if value >= 1000 else f"{value:.1f}" if value >= 100 else f"{value:.2f}"
+
+
+if __name__ == "__main__":
+    DOCUMENT.write_text(render(DOCUMENT.read_text(), read_results()))

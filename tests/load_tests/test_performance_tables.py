@@ -1,0 +1,28 @@
+"""docs/performance.md says what the results files say."""
+
+from load_tests.performance_tables import DOCUMENT, latest, read_results, render, table
+
+LINE = {
+    "benchmark": "bench_x", "device": "d", "model": "m", "variant": "bf16", "workload": "one_stream",
+    "metric": "output_tok_s", "value": 1234.5, "versions": {"torch": "2"}, "commit": "abc", "date": "2026-11-23T05:00Z",
+}  # fmt: skip
+
+
+def test_the_document_is_up_to_date():
+    text = DOCUMENT.read_text()
+    assert "<!-- table: bench_cpu -->" in text
+    assert render(text, read_results()) == text, "run: python load_tests/performance_tables.py"
+
+
+def test_the_latest_line_counts():
+    assert latest([LINE, {**LINE, "value": 2.0}]) == [{**LINE, "value": 2.0}]
+
+
+def test_a_row_a_workload_and_a_column_a_variant():
+    other = {**LINE, "variant": "awq", "value": 7.125}
+    alone = {**LINE, "workload": "mixed", "metric": "req_s", "value": 140.0}
+    text = table("bench_x", [LINE, other, alone])
+    assert "| workload | unit | bf16 | awq |" in text
+    assert "| one_stream | output_tok_s | 1,234 | 7.12 |" in text
+    assert "| mixed | req_s | 140.0 |  |" in text
+    assert table("bench_y", [LINE]) == ""
