@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import datetime
+import functools
 import importlib.metadata
 import json
 import platform
@@ -66,6 +67,7 @@ def device_name() -> str:
     return f"{model}, {torch.get_num_threads()} threads"
 
 
+@functools.cache
 def versions() -> dict[str, str]:
     """Versions of Python and of the packages that matter for speed."""
     found = {"python": platform.python_version()}
@@ -77,8 +79,9 @@ def versions() -> dict[str, str]:
     return found
 
 
+@functools.cache
 def commit() -> str:
-    """The checkout's commit, with a mark when files differ from it."""
+    """The checkout's commit, with a mark when files differed from it before the first result was written."""
     command = ["git", "-C", str(Path(__file__).parent), "describe", "--always", "--dirty", "--abbrev=12"]
     try:
         return subprocess.run(command, capture_output=True, text=True, check=True).stdout.strip()

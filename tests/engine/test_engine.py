@@ -136,6 +136,15 @@ def test_prefix_cache_hits_also_what_was_generated(make_core):
     assert generate(make_core(prefix_caching=False), second) == tokens(deltas, second)
 
 
+def test_requests_that_arrive_together_share_their_prompt(make_core):
+    requests = [submit(prompt=range(10, 42), seed=i, temperature=1.0) for i in range(4)]
+    expected = [generate(make_core(prefix_caching=False), request) for request in requests]
+    core = make_core(max_num_batched_tokens=256)
+    deltas = run(core, *requests)
+    assert [tokens(deltas, request) for request in requests] == expected
+    assert core.stats()["prefix_cache_hit_tokens_total"] == 3 * 24
+
+
 def test_stop_tokens_end_a_sequence_and_min_tokens_holds_them_off(make_core):
     greedy = generate(make_core(), submit(temperature=0.0))
     stop = next(token for i, token in enumerate(greedy) if i >= 2 and token not in greedy[:i])

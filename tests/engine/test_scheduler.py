@@ -85,6 +85,38 @@ def test_forks_beyond_the_sequence_limit_wait_for_their_turn():
     assert scheduler.peak_running == 2
 
 
+def test_a_prompt_that_another_is_computing_is_shared_not_repeated():
+    scheduler = make_scheduler(num_blocks=32, max_num_batched_tokens=8)
+    first, same, other = make_sequence([1] * 17), make_sequence([1] * 17), make_sequence([2] * 3)
+    for seq in (first, same, other):
+        scheduler.add(seq)
+    output = scheduler.schedule()
+    assert [item.seq for item in output.scheduled] == [first]
+    finish_step(scheduler, output)
+    output = scheduler.schedule()
+    assert [(item.seq, item.num_tokens) for item in output.scheduled] == [(first, 8)]
+    finish_step(scheduler, output)
+    output = scheduler.schedule()
+    # One token of the first is left; the second starts behind its 16, and the third was not held up.
+    assert [(item.seq, item.num_tokens) for item in output.scheduled] == [(first, 1), (same, 1), (other, 3)]
+    assert same.block_table[:4] == first.block_table[:4]
+    finish_step(scheduler, output)
+    run(scheduler)
+
+
+def test_who_waits_for_a_prompt_goes_on_when_it_is_given_up():
+    scheduler = make_scheduler(num_blocks=32, max_num_batched_tokens=8)
+    first, same = make_sequence([1] * 17), make_sequence([1] * 17)
+    scheduler.add(first)
+    scheduler.add(same)
+    finish_step(scheduler, scheduler.schedule())
+    scheduler.finish(first)
+    output = scheduler.schedule()
+    assert [(item.seq, item.start) for item in output.scheduled] == [(same, 8)]
+    finish_step(scheduler, output)
+    run(scheduler)
+
+
 def test_aborting_a_parent_leaves_its_forks():
     scheduler = make_scheduler(num_blocks=16)
     parent = make_sequence([1] * 6)

@@ -12,7 +12,7 @@ from __future__ import annotations
 
 import hashlib
 from array import array
-from collections import OrderedDict
+from collections import Counter, OrderedDict
 from collections.abc import Iterable
 from dataclasses import dataclass
 
@@ -38,6 +38,8 @@ class BlockManager:
         self._free: OrderedDict[int, None] = OrderedDict.fromkeys(range(num_blocks))
         self._block_of_hash: dict[bytes, int] = {}
         self._hash_of_block: dict[int, bytes] = {}
+        self._announced: Counter[bytes] = Counter()
+        """Hashes of prompt blocks that running sequences are about to compute, with the number of those."""
         self.num_query_tokens = 0
         self.num_hit_tokens = 0
 
@@ -75,6 +77,20 @@ class BlockManager:
             blocks.append(block)
         return blocks
 
+    def must_wait(self, seq: Sequence, matched: list[int]) -> bool:
+        """Whether another sequence is computing the block after ``matched``: sharing it then beats repeating it."""
+        shareable = (len(seq.token_ids) - 1) // self.block_size if self.prefix_caching else 0
+        if len(matched) < shareable and seq.block_hashes[len(matched)] in self._announced:
+            seq.waits_for = seq.block_hashes[len(matched)]
+            return True
+        return False
+
+    def still_waits(self, seq: Sequence) -> bool:
+        """``must_wait`` for a sequence that had to, without a new match."""
+        if seq.waits_for not in self._announced:
+            seq.waits_for = None
+        return seq.waits_for is not None
+
     def blocks_missing(self, matched: list[int], num_tokens: int) -> int:
         """Free blocks that ``admit`` would take for a sequence of ``num_tokens`` with this match."""
         revived = sum(1 for block in matched if self._ref_counts[block] == 0)
@@ -90,6 +106,10 @@ class BlockManager:
         seq.num_computed, seq.num_registered = len(matched) * self.block_size, len(matched)
         for _ in range(self.blocks_for(num_tokens) - len(matched)):
             seq.block_table.append(self._take())
+        if self.prefix_caching:
+            seq.num_announced = len(seq.token_ids) // self.block_size
+            self._extend_hashes(seq, seq.num_announced)
+            self._announced.update(seq.block_hashes[len(matched) : seq.num_announced])
 
     def count_query(self, seq: Sequence, matched: list[int]) -> None:
         """Enter one admission into the hit statistics."""
@@ -125,7 +145,7 @@ class BlockManager:
         for block in child.block_table:
             self._ref_counts[block] += 1
         child.num_computed = parent.num_computed
-        child.num_registered = min(parent.num_registered, len(child.block_table))
+        child.num_registered = child.num_announced = min(parent.num_registered, len(child.block_table))
         child.block_hashes = list(parent.block_hashes)
 
     def register(self, seq: Sequence) -> None:
@@ -136,6 +156,7 @@ class BlockManager:
         if full <= seq.num_registered:
             return
         self._extend_hashes(seq, full)
+        self._retract(seq, full)
         for index in range(seq.num_registered, full):
             digest, block = seq.block_hashes[index], seq.block_table[index]
             # Two sequences may have computed the same content; the first one stays the one that is found.
@@ -152,20 +173,31 @@ class BlockManager:
                 self._free[block] = None
                 if block not in self._hash_of_block:
                     self._free.move_to_end(block, last=False)
+        self._retract(seq, seq.num_announced)
         seq.block_table = []
-        seq.num_computed = seq.num_registered = 0
+        seq.num_computed = seq.num_registered = seq.num_announced = 0
 
     def check_integrity(self, live: Iterable[Sequence]) -> None:
         """Raise AssertionError unless every block is free or referenced exactly as often as ``live`` says."""
         counts = [0] * self.num_blocks
+        announced: Counter[bytes] = Counter()
         for seq in live:
             assert len(set(seq.block_table)) == len(seq.block_table), f"{seq.key}: a block twice"
             assert len(seq.block_table) * self.block_size >= seq.num_computed, f"{seq.key}: too few blocks"
             for block in seq.block_table:
                 counts[block] += 1
+            announced.update(seq.block_hashes[seq.num_registered : seq.num_announced])
         assert counts == self._ref_counts, "reference counts disagree with the live sequences"
         assert all((counts[block] == 0) == (block in self._free) for block in range(self.num_blocks))
+        assert self._announced == announced, "announced blocks disagree with the live sequences"
         assert {h: b for b, h in self._hash_of_block.items()} == self._block_of_hash
+
+    def _retract(self, seq: Sequence, end: int) -> None:
+        """The announced blocks before index ``end`` are computed, or never will be."""
+        for digest in seq.block_hashes[seq.num_registered : min(end, seq.num_announced)]:
+            self._announced[digest] -= 1
+            if not self._announced[digest]:
+                del self._announced[digest]
 
     def _take(self) -> int:
         block, _ = self._free.popitem(last=False)

@@ -1,7 +1,7 @@
 """Scheduler: which sequences get how many tokens in the next step. Knows no tensors and no clients.
 
 Running sequences that need one token come first, then those whose prompt is still being computed, then new ones, all
-within ``max_num_batched_tokens``. When blocks run out, the least urgent and newest running sequence gives its blocks
+within ``max_num_batched_tokens``. A new one whose beginning another is just computing waits to share it. When blocks run out, the least urgent and newest running sequence gives its blocks
 back and is computed again later.
 """
 
@@ -97,9 +97,15 @@ class Scheduler:
                 copies.append(copy)
             scheduled.append(self._advance(seq, num_tokens))
             budget -= num_tokens
-        while self.waiting and budget > 0 and len(self.running) < self.max_num_seqs:
-            seq = self.waiting[0]
-            if seq.num_pending or not self._admit(seq):
+        for seq in list(self.waiting):
+            if budget == 0 or len(self.running) >= self.max_num_seqs or seq.num_pending:
+                break
+            if seq.waits_for is not None and self.blocks.still_waits(seq):
+                continue
+            matched = self.blocks.match_prefix(seq)
+            if self.blocks.must_wait(seq, matched):
+                continue
+            if not self._admit(seq, matched):
                 break
             num_tokens = min(seq.num_tokens - seq.num_computed, budget)
             scheduled.append(self._advance(seq, num_tokens))
@@ -162,9 +168,8 @@ class Scheduler:
         self.add(seq)
         self.num_preemptions += 1
 
-    def _admit(self, seq: Sequence) -> bool:
+    def _admit(self, seq: Sequence, matched: list[int]) -> bool:
         """Reserve the whole sequence's blocks, so that computing its prompt preempts nobody."""
-        matched = self.blocks.match_prefix(seq)
         # Running sequences grow: a small reserve keeps an admission from being preempted right away.
         reserve = len(self.running) // 8 if self.running else 0
         if self.blocks.blocks_missing(matched, seq.num_tokens) + reserve > self.blocks.num_free:

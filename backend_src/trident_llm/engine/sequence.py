@@ -52,6 +52,10 @@ class Sequence:
     """Hash chain of the full blocks, as far as it has been computed."""
     num_registered: int = 0
     """Leading blocks of ``block_table`` that the prefix cache knows."""
+    num_announced: int = 0
+    """Blocks before this index will be registered by this sequence, those from ``num_registered`` on later."""
+    waits_for: bytes | None = None
+    """Hash of the next block of its prefix, which another sequence is computing."""
     forks: list[Sequence] = field(default_factory=list)
     """Samples of the same request that start when this one's prompt is computed."""
 
