@@ -35,9 +35,12 @@ def make_scheduler(
     max_num_seqs: int = 4,
     max_num_batched_tokens: int = 16,
     caching: bool = True,
+    window: int | None = None,
 ) -> Scheduler:
     blocks = BlockManager(num_blocks, block_size, prefix_caching=caching)
-    return Scheduler(blocks, max_num_seqs=max_num_seqs, max_num_batched_tokens=max_num_batched_tokens)
+    return Scheduler(
+        blocks, max_num_seqs=max_num_seqs, max_num_batched_tokens=max_num_batched_tokens, sliding_window=window
+    )
 
 
 def finish_step(

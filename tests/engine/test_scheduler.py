@@ -117,6 +117,20 @@ def test_who_waits_for_a_prompt_goes_on_when_it_is_given_up():
     run(scheduler)
 
 
+def test_a_sliding_window_gives_blocks_back_while_the_sequence_runs():
+    scheduler = make_scheduler(num_blocks=5, block_size=4, max_num_batched_tokens=8, window=6)
+    seq = make_sequence([1] * 17, max_tokens=100)
+    scheduler.add(seq)
+    used = []
+    while scheduler.running or scheduler.waiting:
+        output = scheduler.schedule()
+        finish_step(scheduler, output)
+        used.append(scheduler.blocks.num_used)
+    assert len(seq.token_ids) == 117
+    # A window of 6 tokens touches at most 3 blocks of 4.
+    assert max(used[4:]) == 3
+
+
 def test_aborting_a_parent_leaves_its_forks():
     scheduler = make_scheduler(num_blocks=16)
     parent = make_sequence([1] * 6)

@@ -21,10 +21,11 @@ class SchedulerMachine(RuleBasedStateMachine):
         max_num_seqs=st.integers(1, 5),
         budget=st.integers(5, 20),
         caching=st.booleans(),
+        window=st.sampled_from([None, None, 3, 8]),
     )
-    def start(self, num_blocks, max_num_seqs, budget, caching):
+    def start(self, num_blocks, max_num_seqs, budget, caching, window):
         self.scheduler = make_scheduler(
-            num_blocks, 4, max_num_seqs=max_num_seqs, max_num_batched_tokens=budget, caching=caching
+            num_blocks, 4, max_num_seqs=max_num_seqs, max_num_batched_tokens=budget, caching=caching, window=window
         )
         self.live = []
 

@@ -18,6 +18,9 @@ from dataclasses import dataclass
 
 from .sequence import Sequence
 
+RELEASED = -1
+"""Stands in a block table for a block that has been given back before its sequence ended."""
+
 
 @dataclass(frozen=True)
 class BlockCopy:
@@ -139,10 +142,19 @@ class BlockManager:
             seq.block_table.append(self._take())
         return copy
 
+    def release_before(self, seq: Sequence, position: int) -> None:
+        """Give back the blocks whose tokens all lie before ``position``: a sliding window has passed them."""
+        end = max(position, 0) // self.block_size
+        for index in range(seq.num_released, end):
+            self._drop(seq.block_table[index])
+            seq.block_table[index] = RELEASED
+        seq.num_released = max(seq.num_released, end)
+
     def fork(self, parent: Sequence, child: Sequence) -> None:
         """Let ``child`` share the blocks of all tokens that ``parent`` has computed."""
         child.block_table = parent.block_table[: self.blocks_for(parent.num_computed)]
-        for block in child.block_table:
+        child.num_released = parent.num_released
+        for block in child.block_table[child.num_released :]:
             self._ref_counts[block] += 1
         child.num_computed = parent.num_computed
         child.num_registered = child.num_announced = min(parent.num_registered, len(child.block_table))
@@ -157,7 +169,7 @@ class BlockManager:
             return
         self._extend_hashes(seq, full)
         self._retract(seq, full)
-        for index in range(seq.num_registered, full):
+        for index in range(max(seq.num_registered, seq.num_released), full):
             digest, block = seq.block_hashes[index], seq.block_table[index]
             # Two sequences may have computed the same content; the first one stays the one that is found.
             if digest not in self._block_of_hash and block not in self._hash_of_block:
@@ -167,24 +179,21 @@ class BlockManager:
 
     def free(self, seq: Sequence) -> None:
         """Give all blocks back. The end of the sequence is reused first: its beginning is likelier to be shared."""
-        for block in reversed(seq.block_table):
-            self._ref_counts[block] -= 1
-            if self._ref_counts[block] == 0:
-                self._free[block] = None
-                if block not in self._hash_of_block:
-                    self._free.move_to_end(block, last=False)
+        for block in reversed(seq.block_table[seq.num_released :]):
+            self._drop(block)
         self._retract(seq, seq.num_announced)
         seq.block_table = []
-        seq.num_computed = seq.num_registered = seq.num_announced = 0
+        seq.num_computed = seq.num_registered = seq.num_announced = seq.num_released = 0
 
     def check_integrity(self, live: Iterable[Sequence]) -> None:
         """Raise AssertionError unless every block is free or referenced exactly as often as ``live`` says."""
         counts = [0] * self.num_blocks
         announced: Counter[bytes] = Counter()
         for seq in live:
-            assert len(set(seq.block_table)) == len(seq.block_table), f"{seq.key}: a block twice"
+            held = seq.block_table[seq.num_released :]
+            assert len(set(held)) == len(held) and RELEASED not in held, f"{seq.key}: a block twice or released"
             assert len(seq.block_table) * self.block_size >= seq.num_computed, f"{seq.key}: too few blocks"
-            for block in seq.block_table:
+            for block in held:
                 counts[block] += 1
             announced.update(seq.block_hashes[seq.num_registered : seq.num_announced])
         assert counts == self._ref_counts, "reference counts disagree with the live sequences"
@@ -198,6 +207,13 @@ class BlockManager:
             self._announced[digest] -= 1
             if not self._announced[digest]:
                 del self._announced[digest]
+
+    def _drop(self, block: int) -> None:
+        self._ref_counts[block] -= 1
+        if self._ref_counts[block] == 0:
+            self._free[block] = None
+            if block not in self._hash_of_block:
+                self._free.move_to_end(block, last=False)
 
     def _take(self) -> int:
         block, _ = self._free.popitem(last=False)

@@ -51,7 +51,10 @@ class EngineCore:
             self.model.kv_cache.num_blocks, config.block_size, prefix_caching=config.prefix_caching
         )
         self.scheduler = Scheduler(
-            self.blocks, max_num_seqs=config.max_num_seqs, max_num_batched_tokens=config.max_num_batched_tokens
+            self.blocks,
+            max_num_seqs=config.max_num_seqs,
+            max_num_batched_tokens=config.max_num_batched_tokens,
+            sliding_window=self.model.config.sliding_window,
         )
         self.runner = _make_runner(self.model, config, progress or (lambda text: None))
         self._requests: dict[str, dict[int, Sequence]] = {}

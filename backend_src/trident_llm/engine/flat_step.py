@@ -32,7 +32,8 @@ class FlatStep:
     context_lens: list[int]
     seq_lens_q: list[int]
     block_tables: list[list[int]]
-    """Blocks beyond the context (reserved for later chunks) are left out: they would only widen the table."""
+    """Blocks beyond the context (reserved for later chunks) are left out: they would only widen the table. Where a
+    sliding window has passed, RELEASED stands; attention never reads these entries."""
     logits_rows: list[int]
     samples: list[Sample]
     num_decodes: int

@@ -1,8 +1,8 @@
 """Scheduler: which sequences get how many tokens in the next step. Knows no tensors and no clients.
 
 Running sequences that need one token come first, then those whose prompt is still being computed, then new ones, all
-within ``max_num_batched_tokens``. A new one whose beginning another is just computing waits to share it. When blocks run out, the least urgent and newest running sequence gives its blocks
-back and is computed again later.
+within ``max_num_batched_tokens``. A new one whose beginning another is just computing waits to share it. When blocks
+run out, the least urgent and newest running sequence gives its blocks back and is computed again later.
 """
 
 from __future__ import annotations
@@ -38,8 +38,17 @@ class SchedulerOutput:
 class Scheduler:
     """Holds the waiting and running sequences; every method is called between steps, from one thread."""
 
-    def __init__(self, blocks: BlockManager, *, max_num_seqs: int, max_num_batched_tokens: int) -> None:
+    def __init__(
+        self,
+        blocks: BlockManager,
+        *,
+        max_num_seqs: int,
+        max_num_batched_tokens: int,
+        sliding_window: int | None = None,
+    ) -> None:
+        """``sliding_window``: tokens a position attends to, itself included; None for all."""
         self.blocks = blocks
+        self.sliding_window = sliding_window
         self.max_num_seqs = max_num_seqs
         self.max_num_batched_tokens = max_num_batched_tokens
         self.waiting: list[Sequence] = []
@@ -90,6 +99,8 @@ class Scheduler:
             num_tokens = min(seq.num_remaining, budget)
             if num_tokens <= 0 or seq.status is not Status.RUNNING:
                 continue
+            if self.sliding_window is not None:
+                self.blocks.release_before(seq, seq.num_computed + 1 - self.sliding_window)
             if not self._make_room(seq, num_tokens, scheduled):
                 continue
             copy = self.blocks.grow(seq, num_tokens)

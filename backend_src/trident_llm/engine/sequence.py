@@ -52,6 +52,8 @@ class Sequence:
     """Hash chain of the full blocks, as far as it has been computed."""
     num_registered: int = 0
     """Leading blocks of ``block_table`` that the prefix cache knows."""
+    num_released: int = 0
+    """Leading blocks of ``block_table`` that a sliding window has passed and that were given back."""
     num_announced: int = 0
     """Blocks before this index will be registered by this sequence, those from ``num_registered`` on later."""
     waits_for: bytes | None = None
