@@ -6,6 +6,7 @@ import datetime
 import functools
 import importlib.metadata
 import json
+import os
 import platform
 import statistics
 import subprocess
@@ -64,7 +65,7 @@ def device_name() -> str:
         if row.startswith("model name"):
             model = row.split(":", 1)[1].strip()
             break
-    return f"{model}, {torch.get_num_threads()} threads"
+    return f"{model}, {len(os.sched_getaffinity(0))} cores"
 
 
 @functools.cache
