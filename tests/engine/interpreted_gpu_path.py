@@ -9,6 +9,7 @@ from tests.fakes.fake_cuda import run_gpu_path_on_cpu
 from tests.fakes.tiny_models import write_tiny_llama
 from trident_llm import EngineConfig
 from trident_llm.engine.engine import EngineCore
+from trident_llm.protocol import SampleStart, SamplingParams, Submit
 
 
 @pytest.mark.parametrize(
@@ -30,3 +31,15 @@ def test_tokens_equal_those_of_the_cpu(tmp_path, monkeypatch, settings, preempts
     assert got == expected and got_reasons == reasons
     assert (core.stats()["preemptions_total"] > 0) == preempts
     assert core.stats()["kv_blocks_used"] == 0
+
+
+def test_samples_may_outnumber_the_sequences_of_a_decode_step(tmp_path, monkeypatch):
+    folder = write_tiny_llama(tmp_path)
+    settings = {"dtype": "fp32", "device": "cpu", "max_num_blocks": 16, "block_size": 8, "max_num_seqs": 6}
+    config = EngineConfig(model=str(folder), **settings)
+    params = SamplingParams(seed=1, max_tokens=4, temperature=1.0, ignore_eos=True)
+    samples = [SampleStart(index=index) for index in range(3)]
+    request = Submit(request_id="r", prompt_ids=[7], params=params, samples=samples)
+    expected = run(EngineCore(config), [request])
+    run_gpu_path_on_cpu(monkeypatch)
+    assert run(EngineCore(config), [request]) == expected

@@ -55,7 +55,9 @@ class CudaRunner:
             )
         step = flatten(output, self.block_size, self._sampled_before)
         num_seqs = len(step.seq_lens_q)
-        bucket = self._graphs.bucket_for(num_seqs) if step.num_decodes == num_seqs else None
+        # Samples that fork off here can outnumber the sequences.
+        rows = max(num_seqs, len(step.samples))
+        bucket = self._graphs.bucket_for(rows) if step.num_decodes == num_seqs else None
         if bucket is None:
             sizes = StepSizes(len(step.token_ids), num_seqs, len(step.logits_rows), len(step.samples))
         else:

@@ -72,7 +72,7 @@ class CudaSampler:
             "top_p": [p.top_p for p in params],
             "min_p": [p.min_p for p in params],
             "top_k": [p.top_k for p in params],
-            "penalty_slot": [self._slot_of(entry.seq) if entry.seq.params.has_penalties else -1 for entry in samples],
+            "penalty_slot": self._penalty_slots(samples),
             "repetition_penalty": [p.repetition_penalty for p in params],
             "frequency_penalty": [p.frequency_penalty for p in params],
             "presence_penalty": [p.presence_penalty for p in params],
@@ -131,16 +131,26 @@ class CudaSampler:
             logprobs = LogprobTensors(*(self._receive(column) for column in columns))
         return DeviceSamples(host, logprobs)
 
-    def _slot_of(self, seq: EngineSequence) -> int:
-        """The sequence's line of counts, filled with what it has so far when it is new."""
-        if seq in self._slots:
-            return self._slots[seq]
+    def _penalty_slots(self, samples: Sequence[Sample]) -> list[int]:
+        """Each sample's line of counts; -1 without penalties."""
+        penalised = [entry.seq for entry in samples if entry.seq.params.has_penalties]
+        new = [seq for seq in penalised if seq not in self._slots]
+        if len(new) > len(self._free_slots):
+            # Preempted sequences hold lines too. One that is not in this step has no token in flight when it comes
+            # back, so its line can be filled again from what the host knows.
+            for seq in self._slots.keys() - set(penalised):
+                self.forget(seq)
+        for seq in new:
+            self._fill_slot(seq)
+        return [self._slots.get(entry.seq, -1) for entry in samples]
+
+    def _fill_slot(self, seq: EngineSequence) -> None:
+        """Take a line for the sequence and count what it has so far."""
         slot = self._slots[seq] = self._free_slots.pop()
         tokens = self._send(seq.token_ids, torch.int64)
         prompt, output = tokens[: seq.num_prompt_tokens], tokens[seq.num_prompt_tokens :]
         self._in_prompt[slot].zero_().index_fill_(0, prompt, 1)
         self._output_counts[slot].zero_().index_add_(0, output, torch.ones_like(output, dtype=torch.int32))
-        return slot
 
     def _send(self, values: Sequence[Any], dtype: torch.dtype) -> Tensor:
         return torch.tensor(values, dtype=dtype, pin_memory=self._pinned).to(self._device, non_blocking=True)
