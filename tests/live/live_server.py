@@ -13,12 +13,12 @@ from dataclasses import dataclass
 from pathlib import Path
 
 import psutil
-import tritonclient.grpc as grpcclient
 import tritonclient.http as httpclient
 
 from tests.fakes.byte_tokenizer import write_byte_tokenizer
+from tests.live.addresses import Addresses
 from trident_llm.launch.options import parse_options
-from trident_llm.launch.ports import Ports, choose_ports
+from trident_llm.launch.ports import choose_ports
 from trident_llm.launch.repository import copy_repository
 from trident_llm.launch.run_folder import RunFolder, new_run_folder
 from trident_llm.launch.server_home import find_server
@@ -41,27 +41,11 @@ class TritonPythonModel(TridentPythonModel):
 
 
 @dataclass(frozen=True)
-class LiveServer:
+class LiveServer(Addresses):
     """Addresses of a running server, and its processes."""
 
-    ports: Ports
     run: RunFolder
     process: ServerProcess
-
-    @property
-    def grpc_url(self) -> str:
-        return f"127.0.0.1:{self.ports.grpc}"
-
-    @property
-    def http_url(self) -> str:
-        return f"http://127.0.0.1:{self.ports.http}"
-
-    @property
-    def metrics_url(self) -> str:
-        return f"http://127.0.0.1:{self.ports.metrics}/metrics"
-
-    def grpc_client(self) -> grpcclient.InferenceServerClient:
-        return grpcclient.InferenceServerClient(self.grpc_url)
 
     def http_client(self) -> httpclient.InferenceServerClient:
         return httpclient.InferenceServerClient(f"127.0.0.1:{self.ports.http}")

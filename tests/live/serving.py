@@ -7,9 +7,8 @@ from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path
 
-import tritonclient.grpc as grpcclient
-
 from tests.launch.helpers import ROOT, Launch
+from tests.live.addresses import Addresses
 from trident_llm.launch.ports import Ports
 
 START_SECONDS = 100.0
@@ -17,26 +16,10 @@ _ENDPOINTS = r"HTTP +http://127\.0\.0\.1:(\d+)\n +gRPC +127\.0\.0\.1:(\d+)\n +me
 
 
 @dataclass(frozen=True)
-class Serving:
+class Serving(Addresses):
     """A running scripts/serve. It offers what the clients of tests.live.requests need."""
 
     launch: Launch
-    ports: Ports
-
-    @property
-    def grpc_url(self) -> str:
-        return f"127.0.0.1:{self.ports.grpc}"
-
-    @property
-    def http_url(self) -> str:
-        return f"http://127.0.0.1:{self.ports.http}"
-
-    @property
-    def metrics_url(self) -> str:
-        return f"http://127.0.0.1:{self.ports.metrics}/metrics"
-
-    def grpc_client(self) -> grpcclient.InferenceServerClient:
-        return grpcclient.InferenceServerClient(self.grpc_url)
 
 
 @contextlib.contextmanager
@@ -46,6 +29,6 @@ def serving(folder: Path, *arguments: str) -> Iterator[Serving]:
     try:
         http, grpc, metrics = map(int, launch.wait_for(_ENDPOINTS, START_SECONDS).groups())
         launch.wait_for("Ctrl-C ends it", START_SECONDS)
-        yield Serving(launch, Ports(http=http, grpc=grpc, metrics=metrics))
+        yield Serving(Ports(http=http, grpc=grpc, metrics=metrics), launch)
     finally:
         launch.close()

@@ -137,7 +137,6 @@ class BlockManager:
             copy = BlockCopy(source, self._take())
             self._ref_counts[source] -= 1
             seq.block_table[index] = copy.destination
-            seq.num_registered = min(seq.num_registered, index)
         while len(seq.block_table) < self.blocks_for(seq.num_computed + num_tokens):
             seq.block_table.append(self._take())
         return copy

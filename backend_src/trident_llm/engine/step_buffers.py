@@ -6,6 +6,7 @@ some sizes finds its inputs in the same place every time.
 
 from __future__ import annotations
 
+import functools
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
@@ -62,6 +63,7 @@ class _Layout:
     num_bytes: int
 
 
+@functools.lru_cache(maxsize=4096)
 def _layout(sizes: StepSizes) -> _Layout:
     offsets, end = {}, 0
     for name, (dtype, length) in sizes.fields().items():
@@ -89,20 +91,19 @@ class StepBuffers:
         self._table_arena = torch.zeros(largest.num_seqs * table_width, dtype=torch.int32, device=device)
         self.block_tables = torch.zeros(largest.num_seqs, table_width, dtype=torch.int32, device=device)
         self._turn = 0
-        self._layouts: dict[StepSizes, _Layout] = {}
 
     def views(self, sizes: StepSizes) -> dict[str, Tensor]:
         """The fields on the device. Equal sizes give equal addresses."""
         return {
             name: self._arena[offset : offset + length * np.dtype(dtype).itemsize].view(getattr(torch, dtype))
-            for name, (dtype, offset, length) in self._layout_of(sizes).offsets.items()
+            for name, (dtype, offset, length) in _layout(sizes).offsets.items()
         }
 
     def upload(self, sizes: StepSizes, values: Mapping[str, Sequence[Any]], tables: Sequence[Sequence[int]]) -> None:
         """Send a step. A field with fewer values than ``sizes`` says keeps zeros behind them, except that ``slots`` is
         filled with -1 (nothing is stored), ``sources`` and ``penalty_slot`` with -1 (none), and ``cu_seqlens_q`` with
         its last value (sequences without tokens)."""
-        layout = self._layout_of(sizes)
+        layout = _layout(sizes)
         self._turn ^= 1
         host = self._host[self._turn].numpy()
         for name, (dtype, offset, length) in layout.offsets.items():
@@ -122,13 +123,6 @@ class StepBuffers:
         arena = self._table_arena[: len(tables) * width]
         arena.copy_(host, non_blocking=True)
         self.block_tables[: len(tables), :width].copy_(arena.view(len(tables), width))
-
-    def _layout_of(self, sizes: StepSizes) -> _Layout:
-        if sizes not in self._layouts:
-            if len(self._layouts) > 4096:
-                self._layouts.clear()
-            self._layouts[sizes] = _layout(sizes)
-        return self._layouts[sizes]
 
 
 _FILL = {"slots": -1, "sources": -1, "penalty_slot": -1}

@@ -14,10 +14,9 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
+from ..sampling.sampler import GREEDY_TEMPERATURE
 from .checks import FLOAT_DTYPES, check_dtype, check_last_contiguous, check_shape
 
-GREEDY_TEMPERATURE = 1e-5
-"""Below this the largest logit is taken: dividing by less overflows float32."""
 _CANDIDATES = 4096
 """Once so few values are left between the bounds, they are copied out and the row is not read again."""
 _TILE = 8192
