@@ -6,6 +6,7 @@
 from __future__ import annotations
 
 import argparse
+import gc
 from pathlib import Path
 
 from results_file import RESULTS, ResultsFile
@@ -27,6 +28,9 @@ def main() -> None:
     args = parser.parse_args()
     settings = {"prefix_caching": "false", **dict(item.split("=", 1) for item in args.set)}
     core = EngineCore(EngineConfig.from_parameters({"model": args.model, **settings}), progress=print)
+    # As the engine's process does: a collection that walks all modules' objects takes as long as several steps.
+    gc.collect()
+    gc.freeze()
     results = ResultsFile(
         path=args.out, benchmark="bench_engine", model=args.name, variant=args.variant, settings=settings
     )

@@ -135,7 +135,9 @@ def decode_plan(num_seqs: int, context: int) -> AttentionPlan:
         block_tables=tables,
         cu_seqlens_q=torch.arange(num_seqs + 1, dtype=torch.int32, device="cuda"),
         context_lens=torch.full((num_seqs,), context, dtype=torch.int32, device="cuda"),
+        seq_counts=torch.full((2,), num_seqs, dtype=torch.int32, device="cuda"),
         num_decodes=num_seqs,
+        num_prefills=0,
         max_context=blocks * 16,
         sliding_window=None,
     )
@@ -185,9 +187,9 @@ def decode_step(
             qkv = kernels.linear(hidden, layer["qkv"]).view(rows, -1, HEAD_DIM)
             kernels.rotary_embed_and_store_kv(qkv, cos, cos, cache, plan)
             attended = kernels.paged_attention(qkv[:, :HEADS], cache, plan, HEAD_DIM**-0.5)
-            hidden = kernels.fused_add_rms_norm(kernels.linear(attended, layer["o"]), residual, norm, 1e-5)
-            hidden = kernels.linear(kernels.linear_silu_and_mul(hidden, layer["gate_up"]), layer["down"])
-            hidden = kernels.fused_add_rms_norm(hidden, residual, norm, 1e-5)
+            hidden = kernels.linear_add_rms_norm(attended, layer["o"], None, residual, norm, 1e-5)
+            hidden = kernels.linear_silu_and_mul(hidden, layer["gate_up"])
+            hidden = kernels.linear_add_rms_norm(hidden, layer["down"], None, residual, norm, 1e-5)
         sample_tokens(kernels.linear(hidden, head), params, token_ids, workspace, greedy=True)
 
     return step

@@ -44,20 +44,23 @@ class Linear:
         copies = 1 if device == "cpu" else max(4, int(_COLD_BYTES / self.num_bytes))
         self.weights = [_random(device, num_outputs, num_inputs, scale=0.02) for _ in range(copies)]
         self.x = _random(device, self.rows, num_inputs)
-        self.out = _random(device, self.rows, num_outputs // 2 if self.silu else num_outputs)
 
     def release(self) -> None:
         _release(self)
 
     def launches(self, kind: str, config: Any, pdl: bool = True) -> list[Launch]:
+        num_outputs = self.weights[0].shape[0] // (2 if self.silu else 1)
+        num_splits = getattr(config, "num_splits", 1)
+        out = self.x.new_empty(self.rows, num_outputs)
+        if num_splits > 1:
+            out = torch.empty(num_splits, *out.shape, dtype=torch.float32, device=out.device)
+        self.out = out
         if kind == "cublas":
-            return [lambda w=w: torch.mm(self.x, w.T, out=self.out) for w in self.weights]
-        if kind == "matrix_vector":
-            return [
-                lambda w=w: matrix_vector(self.x, w, self.out, silu_and_mul=self.silu, config=config, pdl=pdl)
-                for w in self.weights
-            ]
-        return [lambda w=w: skinny_matmul(self.x, w, self.out, config=config, pdl=pdl) for w in self.weights]
+            return [lambda w=w: torch.mm(self.x, w.T, out=out) for w in self.weights]
+        kernel = matrix_vector if kind == "matrix_vector" else skinny_matmul
+        return [
+            lambda w=w: kernel(self.x, w, out, silu_and_mul=self.silu, config=config, pdl=pdl) for w in self.weights
+        ]
 
     def error(self) -> float:
         """Relative error of what the last launch wrote; the reference is a float32 product."""
@@ -65,7 +68,7 @@ class Linear:
         if self.silu:
             gate, up = product.chunk(2, -1)
             product = torch.nn.functional.silu(gate) * up
-        return _relative(self.out, product)
+        return _relative(self.out if self.out.dim() == 2 else self.out.sum(0), product)
 
     def poison(self) -> None:
         self.out.fill_(float("nan"))
@@ -83,6 +86,7 @@ class _Paged:
         order = torch.randperm(num_seqs * blocks, device=device)
         self.tables = order.to(torch.int32).view(num_seqs, blocks)
         self.context_lens = torch.full((num_seqs,), context, dtype=torch.int32, device=device)
+        self.seq_counts = torch.tensor([0, num_seqs], dtype=torch.int32, device=device)
 
     def release(self) -> None:
         _release(self)
@@ -105,6 +109,7 @@ class Decode(_Paged):
 
     def prepare(self, device: str) -> None:
         self._prepare_cache(device, self.num_seqs, self.context, self.heads, self.head_dim)
+        self.seq_counts.fill_(self.num_seqs)
         self.q = _random(device, self.num_seqs, self.heads[0], self.head_dim)
         self.out = torch.empty_like(self.q)
         self.num_bytes = self.num_seqs * self.context * 2 * self.heads[1] * self.head_dim * 2
@@ -116,8 +121,8 @@ class Decode(_Paged):
         workspace = allocate_workspace(self.num_seqs, self.heads[0], num_splits, self.head_dim, self.q.device)
         return [
             lambda cache=cache: decode_attention(
-                self.q, cache, self.tables, self.context_lens, self.out, workspace, num_splits=num_splits,
-                scale=self.head_dim**-0.5, config=config, pdl=pdl,
+                self.q, cache, self.tables, self.context_lens, self.seq_counts, self.out, workspace,
+                num_splits=num_splits, scale=self.head_dim**-0.5, config=config, pdl=pdl,
             )
             for cache in self.caches
         ]  # fmt: skip
@@ -145,8 +150,8 @@ class Prefill(_Paged):
 
     def launches(self, config: Any, pdl: bool = True) -> list[Launch]:
         launch = lambda: prefill_attention(  # noqa: E731
-            self.q, self.cache, self.tables, self.starts, self.context_lens, self.out, num_tokens=self.tokens,
-            scale=self.head_dim**-0.5, config=config, pdl=pdl,
+            self.q, self.cache, self.tables, self.starts, self.context_lens, self.seq_counts, self.out,
+            max_tokens=self.tokens, max_seqs=1, scale=self.head_dim**-0.5, config=config, pdl=pdl,
         )  # fmt: skip
         return [launch] * 3
 

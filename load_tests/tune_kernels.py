@@ -49,13 +49,15 @@ def candidates() -> Iterator[Candidate]:
 
 
 def _prefill() -> Iterator[Candidate]:
-    wide = [(128, 128, 8, 5), (128, 64, 8, 5), (128, 64, 8, 7), (64, 64, 4, 5), (128, 128, 8, 2), (64, 128, 4, 5),
-            (64, 64, 8, 5), (64, 32, 4, 5), (128, 32, 8, 5), (128, 32, 8, 7), (128, 64, 8, 2)]  # fmt: skip
-    deep = [(128, 32, 8, 5), (128, 64, 8, 2), (64, 64, 8, 5), (64, 64, 4, 5), (64, 32, 4, 5)]
+    wide = [(128, 128, 8, 2), (128, 128, 8, 3), (128, 64, 8, 2), (128, 64, 8, 3), (128, 64, 8, 7), (64, 128, 4, 2),
+            (64, 64, 4, 2), (128, 64, 4, 2), (128, 128, 4, 2), (256, 64, 8, 2), (256, 32, 8, 3), (128, 32, 4, 3),
+            (64, 64, 4, 3), (128, 256, 8, 2)]  # fmt: skip
+    deep = [(128, 64, 8, 2), (128, 32, 8, 3), (64, 64, 8, 2), (64, 64, 4, 2), (64, 32, 4, 5)]
     problems = [
         (Prefill(8192), wide),
-        (Prefill(2048), wide[:7]),
-        (Prefill(8192, (32, 8), 64), [*wide[:7], (256, 64, 8, 5), (128, 128, 4, 5)]),
+        (Prefill(2048), wide),
+        (Prefill(128), wide),
+        (Prefill(8192, (32, 8), 64), [*wide[:7], (256, 64, 8, 5), (128, 128, 4, 5), (128, 64, 4, 5)]),
         (Prefill(4096, (16, 8), 256), deep),
     ]
     for problem, configs in problems:
@@ -65,43 +67,51 @@ def _prefill() -> Iterator[Candidate]:
 
 def _decode() -> Iterator[Candidate]:
     configs = [(64, 4, 3), (64, 4, 2), (64, 4, 5), (64, 2, 3), (32, 4, 3), (32, 4, 5), (32, 2, 3), (32, 2, 5),
-               (128, 4, 2), (128, 4, 3), (128, 8, 3), (128, 8, 5)]  # fmt: skip
-    for splits, config in itertools.product((1, 2, 4), configs):
-        yield Candidate("decode", _SHARED["64x2048"], (DecodeConfig(*config), splits))
-    for key, choices in (("1x2048", (16, 32)), ("1x32768", (32, 64, 128)), ("16x2048", (2, 4, 8)), ("256x384", (1, 2))):
-        for splits, config in itertools.product(choices, (configs[2], configs[4], configs[5], configs[9])):
-            yield Candidate("decode", _SHARED[key], (DecodeConfig(*config), splits))
+               (64, 8, 3), (128, 4, 2), (128, 4, 3), (128, 8, 3), (16, 1, 5), (32, 1, 3), (32, 1, 5)]  # fmt: skip
+    for (num_seqs, context), choices in _DECODES.items():
+        problem = Decode(num_seqs, context)
+        for splits, config in itertools.product(choices, configs):
+            yield Candidate("decode", problem, (DecodeConfig(*config), splits))
 
 
-_SHARED = {
-    "64x2048": Decode(64, 2048), "1x2048": Decode(1, 2048), "1x32768": Decode(1, 32768), "16x2048": Decode(16, 2048),
-    "256x384": Decode(256, 384),
+_DECODES = {
+    (64, 2048): (1, 2), (64, 256): (1, 2), (256, 256): (1,), (256, 384): (1,), (1, 256): (8, 16, 64),
+    (1, 2048): (16, 64), (16, 2048): (2, 4), (16, 256): (2, 4),
 }  # fmt: skip
+"""Splits to try for sequences of some context."""
 
 
 def _matrix_vector() -> Iterator[Candidate]:
-    short = [(1, 4096, 8), (1, 4096, 4), (1, 2048, 8), (1, 2048, 4), (2, 4096, 8), (2, 4096, 16), (2, 2048, 8),
-             (4, 2048, 8), (4, 1024, 4), (8, 1024, 8), (4, 4096, 16)]  # fmt: skip
-    long = [(1, 16384, 16), (1, 16384, 8), (1, 8192, 8), (1, 4096, 8), (1, 2048, 4), (1, 2048, 8), (2, 2048, 8),
-            (2, 4096, 8), (2, 2048, 4), (4, 2048, 8), (4, 1024, 4), (2, 16384, 16)]  # fmt: skip
-    for rows, name in itertools.product((1, 2, 4), LINEAR_SHAPES):
+    short = [(2, 2048, 8), (1, 4096, 8), (1, 2048, 8), (1, 2048, 4), (2, 4096, 8), (2, 4096, 16), (4, 2048, 8)]
+    long = [(1, 16384, 16), (1, 8192, 8), (1, 4096, 8), (1, 2048, 4), (2, 2048, 8), (2, 4096, 8), (2, 2048, 4)]
+    for rows, name in itertools.product((1, 2), LINEAR_SHAPES):
         problem = Linear(name, rows)
         for config in long if LINEAR_SHAPES[name][1] > 8192 else short:
             yield Candidate("matrix_vector", problem, ("matrix_vector", MatrixVectorConfig(*config)))
-    problem = Linear("gate_up", 1, silu=True)
-    for config in short:
-        yield Candidate("matrix_vector", problem, ("matrix_vector", MatrixVectorConfig(*config)))
+        if name == "gate_up":
+            for config in short:
+                problem = Linear(name, rows, silu=True)
+                yield Candidate("matrix_vector", problem, ("matrix_vector", MatrixVectorConfig(*config)))
 
 
 def _skinny() -> Iterator[Candidate]:
-    configs = [(16, 256, 4, 4, 0), (16, 256, 4, 4, 1024), (16, 128, 4, 6, 0), (16, 512, 4, 3, 0), (32, 128, 4, 4, 0),
-               (32, 256, 4, 3, 0), (32, 256, 4, 4, 0), (32, 256, 4, 4, 1024), (64, 128, 4, 4, 0), (64, 256, 4, 3, 0),
-               (64, 128, 4, 5, 2048), (128, 64, 4, 5, 0), (128, 128, 8, 4, 0)]  # fmt: skip
-    for rows, name in itertools.product((4, 8, 16, 32, 64), LINEAR_SHAPES):
+    whole = [(64, 128, 4, 4, 0), (64, 128, 4, 6, 0), (64, 128, 4, 5, 512), (64, 64, 4, 8, 0), (64, 64, 4, 10, 0),
+             (64, 256, 4, 3, 0), (128, 64, 4, 5, 0), (128, 64, 8, 5, 0), (128, 128, 8, 3, 0), (128, 128, 8, 4, 0),
+             (64, 128, 4, 3, 1024), (32, 128, 4, 6, 0)]  # fmt: skip
+    split = [(64, 128, 4, 4, 512, 2), (64, 128, 4, 4, 512, 4), (64, 128, 4, 3, 512, 4), (64, 128, 4, 5, 0, 4),
+             (64, 128, 4, 4, 512, 8), (64, 64, 4, 5, 512, 4), (128, 64, 4, 5, 0, 4), (128, 128, 8, 3, 0, 4),
+             (64, 128, 4, 3, 1024, 2), (64, 128, 4, 5, 512, 3), (128, 64, 8, 4, 256, 4)]  # fmt: skip
+    silu = [(32, 128, 4, 4, 0), (64, 64, 4, 5, 0), (64, 64, 4, 4, 256), (64, 128, 4, 3, 0), (64, 128, 4, 2, 512),
+            (64, 64, 4, 6, 0), (64, 64, 8, 5, 0), (128, 64, 8, 4, 0), (128, 64, 8, 3, 0)]  # fmt: skip
+    for rows, name in itertools.product((8, 16, 32, 64, 96, 128), LINEAR_SHAPES):
         problem = Linear(name, rows)
         yield Candidate("linear", problem, ("cublas", None))
-        for config in configs:
+        for config in whole if name in ("gate_up", "head") else whole + split:
             yield Candidate("skinny", problem, ("skinny", SkinnyConfig(*config)))
+        if name == "gate_up":
+            fused = Linear(name, rows, silu=True)
+            for config in silu:
+                yield Candidate("skinny", fused, ("skinny", SkinnyConfig(*config)))
 
 
 def _owner(candidate: Candidate) -> int:

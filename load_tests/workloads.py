@@ -44,9 +44,9 @@ def random_prompt(rng: random.Random, length: int, vocab_size: int) -> list[int]
     return [rng.randrange(10, vocab_size) for _ in range(length)]
 
 
-def run(core: EngineCore, prompts: Sequence[list[int]], new_tokens: Sequence[int]) -> Timing:
-    """Submit all at once and step until the last one ends."""
-    submits = [
+def submits_of(prompts: Sequence[list[int]], new_tokens: Sequence[int]) -> list[Submit]:
+    """Greedy requests that end with their last token only."""
+    return [
         Submit(
             request_id=f"bench-{next(_names)}",
             prompt_ids=prompt,
@@ -54,6 +54,11 @@ def run(core: EngineCore, prompts: Sequence[list[int]], new_tokens: Sequence[int
         )
         for prompt, count in zip(prompts, new_tokens, strict=True)
     ]
+
+
+def run(core: EngineCore, prompts: Sequence[list[int]], new_tokens: Sequence[int]) -> Timing:
+    """Submit all at once and step until the last one ends."""
+    submits = submits_of(prompts, new_tokens)
     begin = time.perf_counter()
     for submit in submits:
         core.add(submit)
@@ -74,9 +79,11 @@ class Bench:
         self._rng = random.Random(seed)
         self._vocab_size = core.welcome("bench").vocab_size
 
+    def prompts(self, shapes: Sequence[Shape]) -> list[list[int]]:
+        return [random_prompt(self._rng, shape.prompt_tokens, self._vocab_size) for shape in shapes]
+
     def run(self, shapes: Sequence[Shape]) -> Timing:
-        prompts = [random_prompt(self._rng, shape.prompt_tokens, self._vocab_size) for shape in shapes]
-        return run(self.core, prompts, [shape.new_tokens for shape in shapes])
+        return run(self.core, self.prompts(shapes), [shape.new_tokens for shape in shapes])
 
     def one_stream(self, prompt_tokens: int = 128, new_tokens: int = 256) -> float:
         """Tokens/s of a lone stream after its first token."""

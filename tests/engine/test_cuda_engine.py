@@ -12,6 +12,7 @@ from tests.fakes.tiny_models import write_tiny_llama
 from trident_llm import EngineConfig
 from trident_llm.engine.engine import EngineCore
 from trident_llm.protocol import SampleStart, SamplingParams, Submit
+from trident_llm.sampling.sampler import SamplingRow, sample
 
 pytestmark = pytest.mark.gpu
 _names = itertools.count()
@@ -80,9 +81,43 @@ def test_tokens_equal_those_of_the_cpu(model_folder, settings, preempts):
     expected, reasons = run(make_core(model_folder, "cpu"), requests)
     core = make_core(model_folder, "cuda", **settings)
     got, got_reasons = run(core, requests)
-    assert got == expected and got_reasons == reasons
+    assert_equal_but_for_rounding(model_folder, requests, got, expected)
+    assert all(got_reasons[key] == reasons[key] for key in got if got[key] == expected[key])
     assert (core.stats()["preemptions_total"] > 0) == preempts
     assert core.stats()["kv_blocks_used"] == 0
+
+
+def assert_equal_but_for_rounding(folder, requests, got, expected):
+    """Equal tokens, except from a token on that logits changed within float32's rounding would have drawn too."""
+    by_id = {request.request_id: request for request in requests}
+    assert got.keys() == expected.keys()
+    different = [key for key in got if got[key] != expected[key]]
+    assert len(different) <= len(got) // 20, different
+    for key in different:
+        request = by_id[key[0]]
+        pairs = enumerate(zip(got[key], expected[key], strict=False))
+        at = next(index for index, (ours, theirs) in pairs if ours != theirs)
+        tokens = [*request.prompt_ids, *expected[key][:at]]
+        row = SamplingRow(
+            params=request.params,
+            sample_index=key[1],
+            position=len(tokens),
+            token_ids=tokens,
+            num_prompt_tokens=len(request.prompt_ids),
+            stop_ids=frozenset() if request.params.ignore_eos else frozenset({2}),
+        )
+        logits = _next_logits(folder, tokens)
+        noise = torch.randn(512, len(logits), generator=torch.Generator().manual_seed(0)) * 1e-5 * logits.abs().max()
+        drawn = set(sample(logits + noise, [row] * len(noise)).token_ids)
+        assert {got[key][at], expected[key][at]} <= drawn, (key, at, drawn)
+
+
+def _next_logits(folder, tokens):
+    from transformers import AutoModelForCausalLM
+
+    model = AutoModelForCausalLM.from_pretrained(folder, dtype=torch.float32)
+    with torch.inference_mode():
+        return model(torch.tensor([tokens])).logits[0, -1]
 
 
 def test_logprobs_equal_those_of_the_cpu(model_folder):
@@ -105,9 +140,13 @@ def test_logprobs_equal_those_of_the_cpu(model_folder):
 
 
 @pytest.mark.parametrize("dtype", ["bf16", "fp16"])
-def test_logits_are_near_those_of_float32_for_every_bucket_and_chunk(model_folder, dtype):
-    """Teacher-forced: the log-probabilities of given tokens, through chunks of several sizes and all graph buckets."""
+def test_logits_are_as_near_to_float32_as_those_of_transformers(model_folder, dtype):
+    """Teacher-forced: the log-probabilities of given tokens, through chunks of several sizes and many step shapes,
+    against float32. Transformers in the same dtype shows what rounding costs on this model."""
     rng = random.Random(7)
+    exact = _model_logprobs(model_folder, torch.float32, "cpu")
+    rounded = _model_logprobs(model_folder, {"bf16": torch.bfloat16, "fp16": torch.float16}[dtype], "cuda")
+    ours, theirs = [], []
     for count in (1, 2, 3, 4, 8, 13, 16, 24, 40):
         requests = random_requests(
             count, seed=rng.randrange(1000), longest=200, logprobs=0, temperature=0.0, repetition_penalty=1.0,
@@ -115,7 +154,6 @@ def test_logits_are_near_those_of_float32_for_every_bucket_and_chunk(model_folde
         )  # fmt: skip
         budget = rng.choice([48, 64, 128, 2048])
         core = make_core(model_folder, "cuda", dtype=dtype, max_num_batched_tokens=budget, max_num_blocks=1024)
-        expected_of = _reference_logprobs(model_folder)
         for request in requests:
             core.add(request)
         tokens, logprobs = {}, {}
@@ -127,19 +165,25 @@ def test_logits_are_near_those_of_float32_for_every_bucket_and_chunk(model_folde
         for request in requests:
             for start in request.samples:
                 key = (request.request_id, start.index)
-                reference = expected_of(request.prompt_ids, tokens[key])
-                error = max(abs(a - b) for a, b in zip(logprobs[key], reference, strict=True))
-                assert error < (0.15 if dtype == "bf16" else 0.02), (count, budget, error)
+                expected = exact(request.prompt_ids, tokens[key])
+                ours += _errors(logprobs[key], expected)
+                theirs += _errors(rounded(request.prompt_ids, tokens[key]), expected)
+    assert max(ours) <= 1.5 * max(theirs)
+    assert sum(ours) <= 1.2 * sum(theirs)
 
 
-def _reference_logprobs(folder):
+def _errors(values, expected):
+    return [abs(a - b) for a, b in zip(values, expected, strict=True)]
+
+
+def _model_logprobs(folder, dtype, device):
     from transformers import AutoModelForCausalLM
 
-    model = AutoModelForCausalLM.from_pretrained(folder, dtype=torch.float32)
+    model = AutoModelForCausalLM.from_pretrained(folder, dtype=dtype).to(device)
 
     def logprobs(prompt_ids, output_ids):
         with torch.inference_mode():
-            logits = model(torch.tensor([[*prompt_ids, *output_ids]])).logits[0].float()
+            logits = model(torch.tensor([[*prompt_ids, *output_ids]], device=device)).logits[0].float()
         rows = torch.log_softmax(logits, dim=-1)[len(prompt_ids) - 1 : -1]
         return [float(row[token]) for row, token in zip(rows, output_ids, strict=True)]
 

@@ -6,10 +6,9 @@ from collections.abc import Callable
 
 import pytest
 import torch
-from torch import Tensor
 
 from trident_llm.engine import cuda_runner
-from trident_llm.engine.cuda_graphs import CudaGraphs
+from trident_llm.engine.cuda_graphs import CudaGraphs, StepShape
 from trident_llm.kernels.triton_language import TritonLanguageKernels
 from trident_llm.models import llama
 
@@ -21,8 +20,8 @@ class EagerGraphs(CudaGraphs):
         progress("nothing to capture")
         return 0
 
-    def replay(self, bucket: int) -> Tensor:
-        return self._forward(bucket)
+    def replay(self, shape: StepShape) -> None:
+        self._forward(shape)
 
 
 class DoneEvent:

@@ -51,6 +51,7 @@ class PagedSteps:
             starts.append(starts[-1] + chunk.num_tokens)
             tables.append(self.block_tables[chunk.seq][: -(-end // self.block_size)])
         width = max(map(len, tables))
+        num_decodes = sum(chunk.num_tokens == 1 for chunk in chunks)
         context_lens = tuple(chunk.start + chunk.num_tokens for chunk in chunks)
         return AttentionMetadata(
             slot_mapping=self._tensor(slots, torch.int64),
@@ -59,7 +60,9 @@ class PagedSteps:
             context_lens=self._tensor(context_lens, torch.int32),
             seq_lens_q=tuple(chunk.num_tokens for chunk in chunks),
             context_lens_host=context_lens,
-            num_decodes=sum(chunk.num_tokens == 1 for chunk in chunks),
+            seq_counts=self._tensor([num_decodes, len(chunks)], torch.int32),
+            num_decodes=num_decodes,
+            num_prefills=len(chunks) - num_decodes,
             block_size=self.block_size,
         )
 

@@ -45,6 +45,10 @@ CASES = [
 ]
 
 
+def counts(num_decodes: int, num_seqs: int) -> torch.Tensor:
+    return torch.tensor([num_decodes, num_seqs], dtype=torch.int32, device=DEVICE)
+
+
 class PagedCase:
     """A filled cache and queries for chunks; ``expected`` is what attention over them is."""
 
@@ -90,8 +94,9 @@ def test_prefill(case: Case) -> None:
     q = torch.cat([poisoned(2, *paged.q.shape[1:], dtype=case.dtype), paged.q])
     out = poisoned(*q.shape, dtype=case.dtype)
     prefill_attention(
-        q, paged.cache, paged.metadata.block_tables, paged.metadata.cu_seqlens_q + 2, paged.metadata.context_lens, out,
-        num_tokens=paged.q.shape[0], scale=paged.scale, soft_cap=case.soft_cap, sliding_window=case.window,
+        q, paged.cache, paged.metadata.block_tables, paged.metadata.cu_seqlens_q + 2, paged.metadata.context_lens,
+        counts(0, len(CHUNKS)), out, max_tokens=paged.q.shape[0], max_seqs=len(CHUNKS), scale=paged.scale,
+        soft_cap=case.soft_cap, sliding_window=case.window,
         kv_scales=paged.kv_scales, pdl=PDL,
     )  # fmt: skip
     assert out[:2].isnan().all()
@@ -108,8 +113,8 @@ def test_decode(case: Case, num_splits: int) -> None:
         tensor.fill_(float("nan"))
     out = poisoned(*paged.q.shape, dtype=case.dtype)
     decode_attention(
-        paged.q, paged.cache, paged.metadata.block_tables, paged.metadata.context_lens, out, workspace,
-        num_splits=num_splits, scale=paged.scale, soft_cap=case.soft_cap, sliding_window=case.window,
+        paged.q, paged.cache, paged.metadata.block_tables, paged.metadata.context_lens, paged.metadata.seq_counts, out,
+        workspace, num_splits=num_splits, scale=paged.scale, soft_cap=case.soft_cap, sliding_window=case.window,
         kv_scales=paged.kv_scales, config=DecodeConfig(32, 4, 2), pdl=PDL,
     )  # fmt: skip
     assert_close(out, paged.expected)
@@ -122,7 +127,7 @@ def test_decode_rows_that_pad_a_batch_give_zeros(num_splits: int) -> None:
     context_lens[1] = 0
     out = poisoned(*paged.q.shape, dtype=paged.q.dtype)
     decode_attention(
-        paged.q, paged.cache, paged.metadata.block_tables, context_lens, out,
+        paged.q, paged.cache, paged.metadata.block_tables, context_lens, paged.metadata.seq_counts, out,
         allocate_workspace(5, 6, num_splits, 64, paged.q.device), num_splits=num_splits, scale=paged.scale, pdl=PDL,
     )  # fmt: skip
     assert out[1].eq(0).all()
@@ -138,10 +143,42 @@ def test_sequences_without_tokens_and_a_larger_token_bound_are_harmless() -> Non
     contexts = torch.cat([metadata.context_lens, metadata.context_lens.new_zeros(1)])
     out = poisoned(*paged.q.shape, dtype=paged.q.dtype)
     prefill_attention(
-        paged.q, paged.cache, tables, starts, contexts, out, num_tokens=paged.q.shape[0] + 77, scale=paged.scale,
-        pdl=PDL,
+        paged.q, paged.cache, tables, starts, contexts, counts(0, 3), out, max_tokens=paged.q.shape[0] + 77, max_seqs=5,
+        scale=paged.scale, pdl=PDL,
     )  # fmt: skip
     assert_close(out, paged.expected)
+
+
+MIXED = [*DECODES[:3], *CHUNKS[3:]]
+
+
+@pytest.mark.parametrize("num_splits", [1, 3])
+def test_a_mixed_step_is_shared_between_decode_and_prefill_by_counts_on_the_device(num_splits: int) -> None:
+    """Both kernels see all sequences, with room for more of either kind than there are."""
+    case = Case(dtype=HALF_DTYPES[-1])
+    paged = PagedCase(case, MIXED)
+    out = poisoned(*paged.q.shape, dtype=case.dtype)
+    step = paged.metadata
+    decode_attention(
+        paged.q[:5], paged.cache, step.block_tables, step.context_lens, step.seq_counts, out[:5],
+        allocate_workspace(5, 6, num_splits, 64, out.device), num_splits=num_splits, scale=paged.scale, pdl=PDL,
+    )  # fmt: skip
+    assert out[3:].isnan().all()
+    prefill_attention(
+        paged.q, paged.cache, step.block_tables, step.cu_seqlens_q, step.context_lens, step.seq_counts, out,
+        max_tokens=64, max_seqs=9, scale=paged.scale, pdl=PDL,
+    )  # fmt: skip
+    assert_close(out, paged.expected)
+
+
+def test_prefill_of_a_step_without_prompts_writes_nothing() -> None:
+    paged = PagedCase(Case(), DECODES)
+    out = poisoned(*paged.q.shape, dtype=paged.q.dtype)
+    prefill_attention(
+        paged.q, paged.cache, paged.metadata.block_tables, paged.metadata.cu_seqlens_q, paged.metadata.context_lens,
+        counts(5, 5), out, max_tokens=64, max_seqs=3, scale=paged.scale, pdl=PDL,
+    )  # fmt: skip
+    assert out.isnan().all()
 
 
 def test_splits_fill_the_processors_but_not_beyond_the_context() -> None:

@@ -15,7 +15,8 @@ from torch import Tensor
 class AttentionMetadata:
     """Where this step's tokens belong in the paged KV cache.
 
-    S sequences with T tokens in all. The first ``num_decodes`` sequences have exactly one token each.
+    S sequences with T tokens in all. Those with exactly one token, the decodes, come first. The tensors may have room
+    for more: ``seq_counts`` says how many there are, the host's counts how many there can be.
     """
 
     slot_mapping: Tensor
@@ -27,10 +28,15 @@ class AttentionMetadata:
     context_lens: Tensor
     """[S] int32: tokens of each sequence in the cache once this step's are written."""
     seq_lens_q: tuple[int, ...]
-    """Tokens of each sequence in this step, on the host."""
+    """Tokens of each sequence in this step, on the host; empty where the step depends on its shape alone."""
     context_lens_host: tuple[int, ...]
-    """``context_lens`` on the host."""
+    """``context_lens`` on the host; empty likewise."""
+    seq_counts: Tensor
+    """[2] int32: number of decodes, and of sequences in all."""
     num_decodes: int
+    """At most so many sequences are decodes; exactly so many where ``seq_lens_q`` is known."""
+    num_prefills: int
+    """At most so many sequences follow them."""
     block_size: int
 
 
@@ -43,5 +49,5 @@ class ModelInput:
     positions: Tensor
     """[T] int64."""
     logits_rows: Tensor
-    """[R] int64: indices into the token axis whose logits are wanted."""
+    """[R] int64: indices into the token axis whose logits are wanted. Nothing else of the last layer's output is."""
     attention: AttentionMetadata

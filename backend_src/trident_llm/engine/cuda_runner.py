@@ -1,4 +1,4 @@
-"""CudaRunner: runs steps on a GPU without ever waiting for it, decodes as CUDA graphs, prompts eagerly."""
+"""CudaRunner: runs steps on a GPU without ever waiting for it, as CUDA graphs wherever a captured shape holds them."""
 
 from __future__ import annotations
 
@@ -10,7 +10,7 @@ from torch import Tensor
 from ..models.llama import LlamaDecoder
 from ..sampling.cuda_sampler import CudaSampler, DeviceSamples
 from .batch import AttentionMetadata, ModelInput
-from .cuda_graphs import CudaGraphs, decode_buckets
+from .cuda_graphs import CudaGraphs, StepShape, graph_shapes
 from .flat_step import FlatStep, Sample, flatten
 from .kv_cache import KVCache
 from .model_runner import SampledToken, StepResult
@@ -42,7 +42,9 @@ class CudaRunner:
         self._buffers = StepBuffers(largest, table_width=width, device=device)
         self._sampler = CudaSampler(max_samples=max_num_seqs, vocab_size=decoder.config.vocab_size, device=device)
         self._sampled_before: dict[Sequence, int] = {}
-        self._graphs = CudaGraphs(decode_buckets(max_num_seqs), self._decode_forward)
+        self._logits = torch.zeros(max_num_seqs, decoder.config.vocab_size, dtype=torch.float32, device=device)
+        """Written by every step; read by the sampler right after it."""
+        self._graphs = CudaGraphs(graph_shapes(max_num_seqs, max_num_batched_tokens), self._captured_forward)
         with torch.inference_mode():
             self.graph_bytes = self._graphs.capture(progress)
 
@@ -54,20 +56,31 @@ class CudaRunner:
                 [copy.source for copy in output.block_copies], [copy.destination for copy in output.block_copies]
             )
         step = flatten(output, self.block_size, self._sampled_before)
-        num_seqs = len(step.seq_lens_q)
-        # Samples that fork off here can outnumber the sequences.
-        rows = max(num_seqs, len(step.samples))
-        bucket = self._graphs.bucket_for(rows) if step.num_decodes == num_seqs else None
-        if bucket is None:
-            sizes = StepSizes(len(step.token_ids), num_seqs, len(step.logits_rows), len(step.samples))
+        num_prefills = step.num_seqs - step.num_decodes
+        shape = self._graphs.find(
+            num_tokens=len(step.token_ids),
+            num_decodes=step.num_decodes,
+            num_prefills=num_prefills,
+            # Samples that fork off here can outnumber the sequences.
+            num_samples=max(step.num_seqs, len(step.samples)),
+        )
+        if shape is None:
+            sizes = StepSizes(len(step.token_ids), step.num_seqs, len(step.logits_rows), len(step.samples))
         else:
-            sizes = StepSizes(bucket, bucket, bucket, bucket)
-        self._buffers.upload(sizes, self._values(step), step.block_tables)
-        logits = self._eager_forward(step, sizes) if bucket is None else self._graphs.replay(bucket)
+            sizes = _sizes(shape)
+        # Sequences that fill up a step of decodes alone are decodes without context: attention gives them zeros.
+        padded = shape is not None and not num_prefills
+        counts = [sizes.num_seqs, sizes.num_seqs] if padded else [step.num_decodes, step.num_seqs]
+        self._buffers.upload(sizes, self._values(step, counts), step.block_tables)
+        if shape is None:
+            tables = self._buffers.block_tables[: sizes.num_seqs, : step.table_width]
+            self._forward(sizes, tables, step.num_decodes, num_prefills)
+        else:
+            self._graphs.replay(shape)
         self._sampled_before = {entry.seq: index for index, entry in enumerate(step.samples)}
         sampled = None
         if step.samples:
-            sampled = self._sampler.sample(logits, step.samples, self._buffers.views(sizes))
+            sampled = self._sampler.sample(self._logits, step.samples, self._buffers.views(sizes))
         ended = torch.cuda.Event()
         ended.record()
         return StepResult(lambda: _tokens(ended, sampled, step.samples))
@@ -76,7 +89,7 @@ class CudaRunner:
         """The sequence has ended."""
         self._sampler.forget(seq)
 
-    def _values(self, step: FlatStep) -> dict[str, list]:
+    def _values(self, step: FlatStep, seq_counts: list[int]) -> dict[str, list]:
         return {
             "token_ids": step.token_ids,
             "positions": step.positions,
@@ -84,25 +97,18 @@ class CudaRunner:
             "sources": step.token_sources,
             "context_lens": step.context_lens,
             "cu_seqlens_q": step.cu_seqlens_q,
+            "seq_counts": seq_counts,
             "logits_rows": step.logits_rows,
             **self._sampler.field_values(step.samples),
         }
 
-    def _decode_forward(self, bucket: int) -> Tensor:
-        """Launch a step of ``bucket`` decodes on whatever the buffers hold."""
-        fields = self._buffers.views(StepSizes(bucket, bucket, bucket, bucket))
-        tables = self._buffers.block_tables[:bucket]
-        return self._forward(fields, tables, seq_lens_q=(1,) * bucket, num_decodes=bucket)
+    def _captured_forward(self, shape: StepShape) -> None:
+        tables = self._buffers.block_tables[: shape.num_seqs]
+        self._forward(_sizes(shape), tables, shape.num_decodes, shape.num_prefills)
 
-    def _eager_forward(self, step: FlatStep, sizes: StepSizes) -> Tensor:
-        tables = self._buffers.block_tables[: sizes.num_seqs, : step.table_width]
-        return self._forward(
-            self._buffers.views(sizes), tables, seq_lens_q=tuple(step.seq_lens_q), num_decodes=step.num_decodes
-        )
-
-    def _forward(
-        self, fields: dict[str, Tensor], tables: Tensor, *, seq_lens_q: tuple[int, ...], num_decodes: int
-    ) -> Tensor:
+    def _forward(self, sizes: StepSizes, tables: Tensor, num_decodes: int, num_prefills: int) -> None:
+        """Launch a step on whatever the buffers hold."""
+        fields = self._buffers.views(sizes)
         sources = fields["sources"]
         unknown = self._sampler.token_ids.index_select(0, sources.clamp(min=0))
         attention = AttentionMetadata(
@@ -110,9 +116,11 @@ class CudaRunner:
             block_tables=tables,
             cu_seqlens_q=fields["cu_seqlens_q"],
             context_lens=fields["context_lens"],
-            seq_lens_q=seq_lens_q,
+            seq_lens_q=(),
             context_lens_host=(),
+            seq_counts=fields["seq_counts"],
             num_decodes=num_decodes,
+            num_prefills=num_prefills,
             block_size=self.block_size,
         )
         model_input = ModelInput(
@@ -121,7 +129,11 @@ class CudaRunner:
             logits_rows=fields["logits_rows"],
             attention=attention,
         )
-        return self.decoder.forward(model_input, self.kv_cache)
+        self.decoder.forward(model_input, self.kv_cache, self._logits[: sizes.num_rows])
+
+
+def _sizes(shape: StepShape) -> StepSizes:
+    return StepSizes(shape.num_tokens, shape.num_seqs, shape.num_seqs, shape.num_seqs)
 
 
 def _tokens(ended: torch.cuda.Event, sampled: DeviceSamples | None, samples: list[Sample]) -> list[SampledToken]:

@@ -40,6 +40,10 @@ class FlatStep:
     uses_sources: bool
 
     @property
+    def num_seqs(self) -> int:
+        return len(self.seq_lens_q)
+
+    @property
     def table_width(self) -> int:
         return max(map(len, self.block_tables))
 
@@ -65,11 +69,9 @@ def flatten(output: SchedulerOutput, block_size: int, sampled_before: Mapping[Se
             sources.append(sampled_before[seq])
             uses_sources = True
         positions += range(start, end)
-        table = seq.block_table
-        if item.num_tokens == 1:
-            slots.append(table[start // block_size] * block_size + start % block_size)
-        else:
-            slots += (table[p // block_size] * block_size + p % block_size for p in range(start, end))
+        for index in range(start // block_size, -(-end // block_size)):
+            first = seq.block_table[index] * block_size - index * block_size
+            slots += range(first + max(start, index * block_size), first + min(end, (index + 1) * block_size))
         starts.append(starts[-1] + item.num_tokens)
         if item.sampled:
             samples += (Sample(sample, len(logits_rows), end) for sample in item.sampled)

@@ -28,7 +28,9 @@ def worst_step_bytes(decoder: LlamaDecoder, *, max_num_batched_tokens: int, max_
         context_lens=torch.tensor([max_num_batched_tokens], dtype=torch.int32, device=device),
         seq_lens_q=(max_num_batched_tokens,),
         context_lens_host=(max_num_batched_tokens,),
+        seq_counts=torch.tensor([0, 1], dtype=torch.int32, device=device),
         num_decodes=0,
+        num_prefills=1,
         block_size=block_size,
     )
     model_input = ModelInput(

@@ -96,7 +96,9 @@ class ModelRunner:
             context_lens=torch.tensor(step.context_lens, dtype=torch.int32),
             seq_lens_q=tuple(step.seq_lens_q),
             context_lens_host=tuple(step.context_lens),
+            seq_counts=torch.tensor([step.num_decodes, step.num_seqs], dtype=torch.int32),
             num_decodes=step.num_decodes,
+            num_prefills=step.num_seqs - step.num_decodes,
             block_size=self.block_size,
         )
         return ModelInput(

@@ -16,7 +16,7 @@ import torch
 from torch import Tensor
 
 _TOKEN_FIELDS = {"token_ids": "int64", "positions": "int64", "slots": "int64", "sources": "int64"}
-_SEQ_FIELDS = {"context_lens": "int32", "cu_seqlens_q": "int32"}
+_SEQ_FIELDS = {"context_lens": "int32", "cu_seqlens_q": "int32", "seq_counts": "int32"}
 _ROW_FIELDS = {"logits_rows": "int64"}
 _SAMPLE_FIELDS = {
     "seed": "int64",
@@ -44,13 +44,15 @@ class StepSizes:
     num_samples: int
 
     def fields(self) -> dict[str, tuple[str, int]]:
-        """dtype and length of each field. cu_seqlens_q has one entry more than there are sequences."""
+        """dtype and length of each field. cu_seqlens_q has one entry more than there are sequences; seq_counts has two
+        numbers, see AttentionMetadata."""
         lengths = {
             **dict.fromkeys(_TOKEN_FIELDS, self.num_tokens),
             **dict.fromkeys(_ROW_FIELDS, self.num_rows),
             **dict.fromkeys(_SAMPLE_FIELDS, self.num_samples),
             "context_lens": self.num_seqs,
             "cu_seqlens_q": self.num_seqs + 1,
+            "seq_counts": 2,
         }
         dtypes = {**_TOKEN_FIELDS, **_SEQ_FIELDS, **_ROW_FIELDS, **_SAMPLE_FIELDS}
         return {name: (dtypes[name], length) for name, length in lengths.items()}

@@ -32,6 +32,14 @@ class Kernels(Protocol):
     def silu_and_mul(self, gate_up: Tensor) -> Tensor:
         """gate_up [T, 2 * I], gate first -> silu(gate) * up, [T, I]."""
 
+    def linear_silu_and_mul(self, x: Tensor, weight: Tensor, bias: Tensor | None = None) -> Tensor:
+        """``silu_and_mul(linear(x, weight, bias))``, in one kernel where that is faster."""
+
+    def linear_add_rms_norm(
+        self, x: Tensor, weight: Tensor, bias: Tensor | None, residual: Tensor, norm_weight: Tensor, eps: float
+    ) -> Tensor:
+        """``fused_add_rms_norm(linear(x, weight, bias), residual, norm_weight, eps)``, likewise."""
+
     def plan_attention(
         self, metadata: AttentionMetadata, *, dtype: torch.dtype, sliding_window: int | None = None
     ) -> Any:

@@ -18,7 +18,7 @@ from .attention_tile import attend_keys, dot_precision, score_scale
 from .checks import FLOAT_DTYPES, check_dtype, check_kv_cache, check_last_contiguous, check_shape
 
 _PROGRAMS_PER_PROCESSOR = 5
-"""Programs of ``DecodeConfig()`` whose registers and shared memory one multiprocessor of Hopper holds at once."""
+"""Programs whose registers and shared memory one multiprocessor of Hopper holds at once."""
 _MIN_SPLIT_KEYS = 128
 """Fewer keys than this are not worth a program of their own."""
 _MAX_SPLITS = 64
@@ -27,11 +27,11 @@ _MAX_SPLITS = 64
 
 @dataclass(frozen=True)
 class DecodeConfig:
-    """How the keys are cut. Five stages keep two tiles in flight: every other one goes to the block table."""
+    """How the keys are cut."""
 
-    tile_keys: int = 32
-    num_warps: int = 4
-    num_stages: int = 5
+    tile_keys: int
+    num_warps: int
+    num_stages: int
 
 
 @dataclass(frozen=True)
@@ -75,6 +75,7 @@ def _split_attention_kernel(
     kv_scales,  # [num_blocks, BLOCK_SIZE, 2, NUM_KV_HEADS] float32; unused unless SCALED
     block_tables,  # [S, max_blocks] int32
     context_lens,  # [S] int32; 0 for a row that pads the batch
+    seq_counts,  # [2] int32: rows from the first number on are none of this kernel's, and are not written
     out,  # [S, Hq, HEAD_DIM]; written here with one split only
     partials,  # [S, Hq, NUM_SPLITS, HEAD_DIM] float32
     log_sums,  # [S, Hq, NUM_SPLITS] float32
@@ -106,6 +107,7 @@ def _split_attention_kernel(
     seq = tl.program_id(1).to(tl.int64)
     split = tl.program_id(2)
     context = tl.load(context_lens + seq)
+    is_decode = seq < tl.load(seq_counts)
     first_key = 0
     if HAS_WINDOW:
         first_key = max(context - window, 0)
@@ -113,7 +115,7 @@ def _split_attention_kernel(
     begin = first_key + split * share
     end = min(begin + share, context)
     # With one split even an empty row writes its output: padding rows then hold zeros, not stale memory.
-    if (begin < end) | (NUM_SPLITS == 1):
+    if is_decode & ((begin < end) | (NUM_SPLITS == 1)):
         rows = tl.arange(0, PADDED_GROUP)
         dims = tl.arange(0, PADDED_DIM)
         head = kv_head * GROUP + rows
@@ -152,6 +154,7 @@ def _combine_splits_kernel(
     partials,  # [S, Hq, NUM_SPLITS, HEAD_DIM] float32
     log_sums,  # [S, Hq, NUM_SPLITS] float32
     context_lens,  # [S] int32
+    seq_counts,  # [2] int32
     out,  # [S, Hq, HEAD_DIM]
     window,
     stride_out_token,
@@ -188,7 +191,7 @@ def _combine_splits_kernel(
     total = tl.sum(weights, 0)
     result = tl.sum(weights[:, None] * values, 0) / tl.where(total > 0, total, 1.0)
     target = out + seq * stride_out_token + head * HEAD_DIM + dims
-    tl.store(target, result.to(out.dtype.element_ty), mask=dims < HEAD_DIM)
+    tl.store(target, result.to(out.dtype.element_ty), mask=(dims < HEAD_DIM) & (seq < tl.load(seq_counts)))
 
 
 def decode_attention(
@@ -196,6 +199,7 @@ def decode_attention(
     kv_cache: Tensor,
     block_tables: Tensor,
     context_lens: Tensor,
+    seq_counts: Tensor,
     out: Tensor,
     workspace: DecodeWorkspace,
     *,
@@ -211,6 +215,7 @@ def decode_attention(
 
     kv_cache [num_blocks, block_size, 2, Hkv, D] of q's dtype, or float8 e4m3 with kv_scales [num_blocks, block_size,
     2, Hkv] float32. block_tables [S, max_blocks] int32, context_lens [S] int32; a row with context 0 gives zeros.
+    seq_counts [2] int32: rows of q and out from seq_counts[0] on belong to other sequences and are left alone.
     workspace: from ``allocate_workspace`` for the same num_splits.
     """
     num_seqs, num_heads = q.shape[:2]
@@ -219,15 +224,16 @@ def decode_attention(
     check_kv_cache(kv_cache, kv_scales)
     check_last_contiguous("q", q, 2)
     check_shape("block_tables", block_tables, (num_seqs, -1))
+    check_dtype("seq_counts", seq_counts, (torch.int32,))
     check_shape("out", out, tuple(q.shape))
     check_last_contiguous("out", out, 2)
-    config = config or default_config(q.dtype, head_dim)
+    config = config or default_config(q.dtype, head_dim, num_splits)
     constants = score_scale(scale, soft_cap)
     group = num_heads // num_kv_heads
     padded_dim = triton.next_power_of_2(head_dim)
     launch = {"launch_pdl": True} if pdl else {}
     _split_attention_kernel[(num_kv_heads, num_seqs, num_splits)](
-        q, kv_cache, kv_scales, block_tables, context_lens, out, workspace.partials, workspace.log_sums,
+        q, kv_cache, kv_scales, block_tables, context_lens, seq_counts, out, workspace.partials, workspace.log_sums,
         constants.factor, constants.cap, sliding_window or 0,
         q.stride(0), block_tables.stride(0), out.stride(0),
         NUM_KV_HEADS=num_kv_heads, GROUP=group, PADDED_GROUP=max(16, triton.next_power_of_2(group)),
@@ -239,13 +245,18 @@ def decode_attention(
     if num_splits == 1:
         return
     _combine_splits_kernel[(num_heads, num_seqs)](
-        workspace.partials, workspace.log_sums, context_lens, out, sliding_window or 0, out.stride(0),
+        workspace.partials, workspace.log_sums, context_lens, seq_counts, out, sliding_window or 0, out.stride(0),
         NUM_HEADS=num_heads, HEAD_DIM=head_dim, PADDED_DIM=padded_dim, TILE_KEYS=config.tile_keys,
         NUM_SPLITS=num_splits, PADDED_SPLITS=triton.next_power_of_2(num_splits),
         HAS_WINDOW=sliding_window is not None, PDL=pdl, num_warps=4, **launch,
     )  # fmt: skip
 
 
-def default_config(dtype: torch.dtype, head_dim: int) -> DecodeConfig:
-    """float32 has no matrix units, and both operands of a product pass through registers: large tiles spill."""
-    return DecodeConfig(tile_keys=16, num_stages=2) if dtype == torch.float32 and head_dim > 64 else DecodeConfig()
+def default_config(dtype: torch.dtype, head_dim: int, num_splits: int) -> DecodeConfig:
+    """The fastest of those timed on an H100 (head_dim 128, contexts of 256 and 2,048)."""
+    if dtype == torch.float32:
+        # There are no matrix units for it, and both operands of a product pass through registers: large tiles spill.
+        return DecodeConfig(16 if head_dim > 64 else 32, 4, 2)
+    if head_dim > 128:
+        return DecodeConfig(32, 4, 2)
+    return DecodeConfig(64, 4, 2) if num_splits == 1 else DecodeConfig(128, 4, 2)

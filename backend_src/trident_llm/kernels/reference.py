@@ -1,4 +1,4 @@
-"""Torch twins of the decoder's operators, for any device; signatures and meanings are those of ``Kernels``.
+"""Torch twins of the decoder's operators, for the CPU; signatures and meanings are those of ``Kernels``.
 
 On x86 CPUs linear layers read weights that oneDNN has packed: about twice as fast as plain ones at one token.
 """
@@ -16,6 +16,8 @@ from .reference_attention import AttentionPlan, paged_attention, plan_attention
 __all__ = [
     "fused_add_rms_norm",
     "linear",
+    "linear_add_rms_norm",
+    "linear_silu_and_mul",
     "pack_linear",
     "paged_attention",
     "plan_attention",
@@ -59,6 +61,16 @@ def fused_add_rms_norm(x: Tensor, residual: Tensor, weight: Tensor, eps: float) 
 def silu_and_mul(gate_up: Tensor) -> Tensor:
     gate, up = gate_up.chunk(2, -1)
     return F.silu(gate).mul_(up)
+
+
+def linear_silu_and_mul(x: Tensor, weight: Tensor, bias: Tensor | None = None) -> Tensor:
+    return silu_and_mul(linear(x, weight, bias))
+
+
+def linear_add_rms_norm(
+    x: Tensor, weight: Tensor, bias: Tensor | None, residual: Tensor, norm_weight: Tensor, eps: float
+) -> Tensor:
+    return fused_add_rms_norm(linear(x, weight, bias), residual, norm_weight, eps)
 
 
 def rotary_embed_and_store_kv(qkv: Tensor, cos: Tensor, sin: Tensor, kv_cache: Tensor, plan: AttentionPlan) -> None:

@@ -13,7 +13,7 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from ..engine.batch import AttentionMetadata
-from . import matrix_vector
+from . import matrix_vector, skinny_matmul
 from .checks import HALF_DTYPES
 from .decode_attention import allocate_workspace, choose_num_splits, decode_attention
 from .matrix_vector import matrix_vector as multiply_vector
@@ -23,15 +23,17 @@ from .rotary_store import rotary_embed_and_store_kv
 from .silu_and_mul import silu_and_mul
 from .skinny_matmul import skinny_matmul as multiply_skinny
 
-_MAX_STREAMED_ROWS = 16
+_MAX_STREAMED_ROWS = 64
 """With more rows cuBLAS multiplies: a single pass over the weight no longer decides the time."""
+_LONG_INPUTS = 8192
+"""A kernel that splits so long a sum holds out against cuBLAS up to twice as many rows."""
 
 
 @dataclass(frozen=True)
 class AttentionPlan:
     """A step's attention: device tensors, and host constants that a graph's bucket fixes.
 
-    The first ``num_decodes`` of S sequences have one token each and come first on the token axis.
+    Sequences with one token come first, also on the token axis.
     """
 
     slots: Tensor
@@ -42,7 +44,12 @@ class AttentionPlan:
     """[S + 1] int32."""
     context_lens: Tensor
     """[S] int32."""
+    seq_counts: Tensor
+    """[2] int32: sequences with one token, and all sequences."""
     num_decodes: int
+    """At most so many sequences have one token."""
+    num_prefills: int
+    """At most so many have several."""
     max_context: int
     """Tokens that the block tables have room for."""
     sliding_window: int | None
@@ -97,12 +104,30 @@ class TritonLanguageKernels:
         silu_and_mul(gate_up, out, pdl=self._pdl)
         return out
 
-    def linear_silu_and_mul(self, x: Tensor, weight: Tensor) -> Tensor:
-        """``silu_and_mul(linear(x, weight))`` in one kernel where that is faster."""
-        if not _streams_weight(x, weight, matrix_vector.MAX_ROWS):
-            return self.silu_and_mul(self.linear(x, weight))
+    def linear_silu_and_mul(self, x: Tensor, weight: Tensor, bias: Tensor | None = None) -> Tensor:
+        # What the fusion saves outweighs what cuBLAS is faster.
+        if bias is not None or not _streams_weight(x, weight, skinny_matmul.MAX_ROWS):
+            return self.silu_and_mul(self.linear(x, weight, bias))
         out = x.new_empty(x.shape[0], weight.shape[0] // 2)
-        multiply_vector(x, weight, out, silu_and_mul=True, pdl=self._pdl)
+        multiply = multiply_vector if x.shape[0] <= matrix_vector.MAX_ROWS else multiply_skinny
+        multiply(x, weight, out, silu_and_mul=True, pdl=self._pdl)
+        return out
+
+    def linear_add_rms_norm(
+        self, x: Tensor, weight: Tensor, bias: Tensor | None, residual: Tensor, norm_weight: Tensor, eps: float
+    ) -> Tensor:
+        max_rows = skinny_matmul.MAX_ROWS if weight.shape[1] >= _LONG_INPUTS else _MAX_STREAMED_ROWS
+        split = bias is None and _streams_weight(x, weight, max_rows)
+        if not split or x.shape[0] <= matrix_vector.MAX_ROWS:
+            return self.fused_add_rms_norm(self.linear(x, weight, bias), residual, norm_weight, eps)
+        num_rows, num_outputs = x.shape[0], weight.shape[0]
+        config = skinny_matmul.default_config(num_rows, num_outputs, may_split=True)
+        if config.num_splits == 1:
+            return self.fused_add_rms_norm(self.linear(x, weight), residual, norm_weight, eps)
+        parts = torch.empty(config.num_splits, num_rows, num_outputs, dtype=torch.float32, device=x.device)
+        multiply_skinny(x, weight, parts, config=config, pdl=self._pdl)
+        out = torch.empty_like(residual)
+        rms_norm(parts, norm_weight, eps, out, residual=residual, pdl=self._pdl)
         return out
 
     def plan_attention(
@@ -114,7 +139,9 @@ class TritonLanguageKernels:
             block_tables=metadata.block_tables,
             cu_seqlens_q=metadata.cu_seqlens_q,
             context_lens=metadata.context_lens,
+            seq_counts=metadata.seq_counts,
             num_decodes=metadata.num_decodes,
+            num_prefills=metadata.num_prefills,
             max_context=metadata.block_tables.shape[1] * metadata.block_size,
             sliding_window=sliding_window,
         )
@@ -137,14 +164,14 @@ class TritonLanguageKernels:
             num_splits = choose_num_splits(decodes, num_kv_heads, window, self._num_processors)
             workspace = allocate_workspace(decodes, q.shape[1], num_splits, head_dim, q.device)
             decode_attention(
-                q[:decodes], kv_cache, plan.block_tables[:decodes], plan.context_lens[:decodes], out[:decodes],
-                workspace, num_splits=num_splits, scale=scale, soft_cap=soft_cap,
+                q[:decodes], kv_cache, plan.block_tables[:decodes], plan.context_lens[:decodes],
+                plan.seq_counts, out[:decodes], workspace, num_splits=num_splits, scale=scale, soft_cap=soft_cap,
                 sliding_window=plan.sliding_window, kv_scales=kv_scales, pdl=self._pdl,
             )  # fmt: skip
-        if q.shape[0] > decodes:
+        if plan.num_prefills:
             prefill_attention(
-                q, kv_cache, plan.block_tables[decodes:], plan.cu_seqlens_q[decodes:], plan.context_lens[decodes:],
-                out, num_tokens=q.shape[0] - decodes, scale=scale, soft_cap=soft_cap,
+                q, kv_cache, plan.block_tables, plan.cu_seqlens_q, plan.context_lens, plan.seq_counts, out,
+                max_tokens=q.shape[0], max_seqs=plan.num_prefills, scale=scale, soft_cap=soft_cap,
                 sliding_window=plan.sliding_window, kv_scales=kv_scales, pdl=self._pdl,
             )  # fmt: skip
         return out.flatten(1)

@@ -18,18 +18,18 @@ from ..kernels import Kernels
 class Linear:
     """y = x W^T + b. The weight is packed for the device when it is set."""
 
-    __slots__ = ("_linear", "_pack", "bias", "weight")
+    __slots__ = ("_kernels", "_linear", "bias", "weight")
 
     weight: Tensor
 
     def __init__(self, kernels: Kernels) -> None:
+        self._kernels = kernels
         self._linear = kernels.linear
-        self._pack = kernels.pack_linear
         self.bias: Tensor | None = None
 
     def set_weight(self, weight: Tensor) -> None:
         """weight: [out, in]."""
-        self.weight = self._pack(weight)
+        self.weight = self._kernels.pack_linear(weight)
 
     def set_bias(self, bias: Tensor) -> None:
         """bias: [out]."""
@@ -37,6 +37,14 @@ class Linear:
 
     def __call__(self, x: Tensor) -> Tensor:
         return self._linear(x, self.weight, self.bias)
+
+    def silu_and_mul(self, x: Tensor) -> Tensor:
+        """silu(gate) * up of this layer's outputs, gate first: [T, out / 2]."""
+        return self._kernels.linear_silu_and_mul(x, self.weight, self.bias)
+
+    def add_rms_norm(self, x: Tensor, residual: Tensor, norm_weight: Tensor, eps: float) -> Tensor:
+        """Add this layer's outputs to residual [T, out] in place; the norm of the sum, [T, out]."""
+        return self._kernels.linear_add_rms_norm(x, self.weight, self.bias, residual, norm_weight, eps)
 
 
 @dataclass(frozen=True)

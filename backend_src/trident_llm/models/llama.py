@@ -69,13 +69,20 @@ class LlamaDecoder:
         self.head = self._new_linear()
 
     @torch.inference_mode()
-    def forward(self, model_input: ModelInput, kv_cache: KVCache) -> Tensor:
-        """Compute a step's tokens, write their K and V to the cache; logits [R, vocab] float32 of ``logits_rows``."""
-        hidden = self.hidden_states(model_input, kv_cache)
-        return self.head(hidden.index_select(0, model_input.logits_rows)).float()
+    def forward(self, model_input: ModelInput, kv_cache: KVCache, out: Tensor | None = None) -> Tensor:
+        """Compute a step's tokens, write their K and V to the cache; logits [R, vocab] float32 of ``logits_rows``.
+
+        out: where to write the logits, if not to new memory.
+        """
+        logits = self.head(self.hidden_states(model_input, kv_cache))
+        return logits.float() if out is None else out.copy_(logits)
 
     def hidden_states(self, model_input: ModelInput, kv_cache: KVCache) -> Tensor:
-        """What the head reads: the last layer's output after the final norm, [T, hidden]."""
+        """What the head reads: the last layer's output of ``logits_rows`` after the final norm, [R, hidden].
+
+        The last layer computes K and V of all tokens, but the rest of it only for these rows: 2.7% of the work of a
+        prompt on Mistral-7B.
+        """
         kernels, eps = self._kernels, self.config.rms_norm_eps
         step = _Step(
             rotary=self._rotary.rows(model_input.positions),
@@ -88,13 +95,15 @@ class LlamaDecoder:
         next_norms = [layer.input_norm for layer in self.layers[1:]] + [self.final_norm]
         for layer, layer_cache, next_norm in zip(self.layers, kv_cache.layers, next_norms, strict=True):
             attended = self._attention(layer, x, layer_cache, step)
-            x = kernels.fused_add_rms_norm(attended, residual, layer.post_attention_norm, eps)
-            x = layer.down(kernels.silu_and_mul(layer.gate_up(x)))
-            x = kernels.fused_add_rms_norm(x, residual, next_norm, eps)
+            if layer is self.layers[-1]:
+                attended = attended.index_select(0, model_input.logits_rows)
+                residual = residual.index_select(0, model_input.logits_rows)
+            x = layer.o.add_rms_norm(attended, residual, layer.post_attention_norm, eps)
+            x = layer.down.add_rms_norm(layer.gate_up.silu_and_mul(x), residual, next_norm, eps)
         return x
 
     def _attention(self, layer: DecoderLayer, x: Tensor, layer_cache: Tensor, step: _Step) -> Tensor:
-        """x [T, hidden] -> [T, hidden]."""
+        """x [T, hidden] -> attention's output before its projection, [T, Hq * D]."""
         config, kernels = self.config, self._kernels
         num_heads, num_kv_heads = config.num_attention_heads, config.num_key_value_heads
         qkv = layer.qkv(x).view(-1, num_heads + 2 * num_kv_heads, config.head_dim)
@@ -103,7 +112,7 @@ class LlamaDecoder:
             q.copy_(kernels.rms_norm(q, layer.q_norm, config.rms_norm_eps))
             k.copy_(kernels.rms_norm(k, layer.k_norm, config.rms_norm_eps))
         kernels.rotary_embed_and_store_kv(qkv, step.rotary.cos, step.rotary.sin, layer_cache, step.plan)
-        return layer.o(kernels.paged_attention(qkv[:, :num_heads], layer_cache, step.plan, self._scale))
+        return kernels.paged_attention(qkv[:, :num_heads], layer_cache, step.plan, self._scale)
 
     @torch.inference_mode()
     def load_weights(self, weights: Iterable[tuple[str, Tensor]]) -> None:
