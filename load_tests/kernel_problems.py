@@ -118,7 +118,8 @@ class Decode(_Paged):
         self.caches = [self.cache] + [self.cache.clone() for _ in range(copies - 1)]
 
     def launches(self, config: Any, num_splits: int, pdl: bool = True) -> list[Launch]:
-        workspace = allocate_workspace(self.num_seqs, self.heads[0], num_splits, self.head_dim, self.q.device)
+        arrivals = torch.zeros(self.num_seqs * self.heads[1], dtype=torch.int32, device=self.q.device)
+        workspace = allocate_workspace(self.num_seqs, self.heads[0], num_splits, self.head_dim, arrivals)
         return [
             lambda cache=cache: decode_attention(
                 self.q, cache, self.tables, self.context_lens, self.seq_counts, self.out, workspace,

@@ -49,6 +49,10 @@ def counts(num_decodes: int, num_seqs: int) -> torch.Tensor:
     return torch.tensor([num_decodes, num_seqs], dtype=torch.int32, device=DEVICE)
 
 
+def arrivals() -> torch.Tensor:
+    return torch.zeros(64, dtype=torch.int32, device=DEVICE)
+
+
 class PagedCase:
     """A filled cache and queries for chunks; ``expected`` is what attention over them is."""
 
@@ -103,12 +107,12 @@ def test_prefill(case: Case) -> None:
     assert_close(out[2:], paged.expected)
 
 
-@pytest.mark.parametrize("num_splits", [1, 3])
+@pytest.mark.parametrize("num_splits", [1, 3, 40])
 @pytest.mark.parametrize("case", CASES, ids=str)
 def test_decode(case: Case, num_splits: int) -> None:
     paged = PagedCase(case, DECODES)
     num_seqs, num_heads, head_dim = paged.q.shape
-    workspace = allocate_workspace(num_seqs, num_heads, num_splits, head_dim, paged.q.device)
+    workspace = allocate_workspace(num_seqs, num_heads, num_splits, head_dim, arrivals())
     for tensor in (workspace.partials, workspace.log_sums):
         tensor.fill_(float("nan"))
     out = poisoned(*paged.q.shape, dtype=case.dtype)
@@ -118,6 +122,7 @@ def test_decode(case: Case, num_splits: int) -> None:
         kv_scales=paged.kv_scales, config=DecodeConfig(32, 4, 2), pdl=PDL,
     )  # fmt: skip
     assert_close(out, paged.expected)
+    assert workspace.arrivals.eq(0).all()
 
 
 @pytest.mark.parametrize("num_splits", [1, 4])
@@ -128,7 +133,7 @@ def test_decode_rows_that_pad_a_batch_give_zeros(num_splits: int) -> None:
     out = poisoned(*paged.q.shape, dtype=paged.q.dtype)
     decode_attention(
         paged.q, paged.cache, paged.metadata.block_tables, context_lens, paged.metadata.seq_counts, out,
-        allocate_workspace(5, 6, num_splits, 64, paged.q.device), num_splits=num_splits, scale=paged.scale, pdl=PDL,
+        allocate_workspace(5, 6, num_splits, 64, arrivals()), num_splits=num_splits, scale=paged.scale, pdl=PDL,
     )  # fmt: skip
     assert out[1].eq(0).all()
     others = [0, 2, 3, 4]
@@ -161,7 +166,7 @@ def test_a_mixed_step_is_shared_between_decode_and_prefill_by_counts_on_the_devi
     step = paged.metadata
     decode_attention(
         paged.q[:5], paged.cache, step.block_tables, step.context_lens, step.seq_counts, out[:5],
-        allocate_workspace(5, 6, num_splits, 64, out.device), num_splits=num_splits, scale=paged.scale, pdl=PDL,
+        allocate_workspace(5, 6, num_splits, 64, arrivals()), num_splits=num_splits, scale=paged.scale, pdl=PDL,
     )  # fmt: skip
     assert out[3:].isnan().all()
     prefill_attention(

@@ -30,12 +30,9 @@ class MatrixVectorConfig:
 
 
 def default_config(num_rows: int, num_inputs: int) -> MatrixVectorConfig:
-    """16 KiB of the weight in flight per program of two short rows, 8 KiB of a long one; timed on an H100."""
-    if num_inputs > 4096:
-        tile = 4096 if num_rows == 1 else 8192
-        return MatrixVectorConfig(1, tile, 8)
-    tile = min(max(triton.next_power_of_2(num_inputs), 256), 2048)
-    return MatrixVectorConfig(2, tile, max(1, tile // 256))
+    """A whole weight row per program: all of it is in flight before the previous kernel has ended."""
+    tile = min(max(triton.next_power_of_2(num_inputs), 256), 16384)
+    return MatrixVectorConfig(1, tile, max(1, min(8 if num_rows == 1 else 16, tile // 512)))
 
 
 @triton.jit

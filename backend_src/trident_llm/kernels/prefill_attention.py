@@ -82,13 +82,13 @@ def _prefill_attention_kernel(
         gdc_wait()
     TILE_TOKENS: tl.constexpr = TILE_ROWS // GROUP
     kv_head = tl.program_id(0)
-    # Later tiles see more keys: starting with them leaves short work for the end.
-    tile = tl.num_programs(1) - 1 - tl.program_id(1)
-
     # Sequence i owns tiles from (start_i - start_first) // TILE_TOKENS + i - first on: see the launcher.
     first_seq = tl.load(seq_counts)
     num_seqs = tl.load(seq_counts + 1)
     origin = tl.load(cu_seqlens_q + first_seq)
+    num_tiles = (tl.load(cu_seqlens_q + num_seqs) - origin) // TILE_TOKENS + num_seqs - first_seq
+    # Later tiles see more keys: starting with them leaves short work for the end.
+    tile = num_tiles - 1 - tl.program_id(1)
     seq = first_seq
     end = num_seqs
     while end - seq > 1:
@@ -99,10 +99,10 @@ def _prefill_attention_kernel(
             end = middle
     start = tl.load(cu_seqlens_q + seq)
     num_tokens = 0
-    if seq < num_seqs:
+    if tile >= 0:
         num_tokens = tl.load(cu_seqlens_q + seq + 1) - start
     first_token = (tile - (start - origin) // TILE_TOKENS - seq + first_seq) * TILE_TOKENS
-    if first_token < num_tokens:
+    if (tile >= 0) & (first_token < num_tokens):
         context = tl.load(context_lens + seq)
         first_position = context - num_tokens + first_token
         last_position = min(first_position + TILE_TOKENS, context) - 1
