@@ -127,3 +127,27 @@ def test_a_broken_or_closed_engine_says_so(tmp_path):
     engine.close()
     with pytest.raises(EngineFailed):
         list(engine.generate("hello"))
+
+
+def test_callbacks_follow_a_request_and_may_ask_for_statistics(tmp_path):
+    told = []
+
+    def note(kind):
+        return lambda block_ids, sequence_id, reason: told.append((kind, block_ids, sequence_id, str(reason)))
+
+    def ask(block_ids, sequence_id, reason):
+        told.append(("used", engine.stats()["kv_blocks_used"], sequence_id, str(reason)))
+
+    folder = write_tiny_llama(tmp_path)
+    config = EngineConfig(model=str(folder), dtype="fp32", device="cpu", num_threads=1, max_num_blocks=8)
+    with Engine(config, on_allocate=note("allocate"), on_free=ask, on_evict=note("evict")) as engine:
+        stream = engine.generate("hello", max_tokens=20, ignore_eos=True)
+        assert len(list(stream)) > 5
+        wait_until_idle(engine)
+        name = stream.request_id, 0
+        assert told == [
+            ("allocate", (0,), name, "prompt"), ("allocate", (1,), name, "growth"), ("used", 0, name, "finished"),
+        ]  # fmt: skip
+        for seed in range(8):
+            list(engine.generate(f"{seed} hello, good evening", max_tokens=8, ignore_eos=True))
+        assert {kind for kind, *_ in told} == {"allocate", "used", "evict"}

@@ -20,6 +20,7 @@ from pathlib import Path
 from typing import Any
 
 from .config import EngineConfig
+from .engine.block_events import AllocateCallback, EvictCallback, FreeCallback
 from .engine.engine import EngineCore
 from .errors import EngineFailed, TridentError
 from .generation import Generation, Output
@@ -55,6 +56,7 @@ class OutputStream(Iterator[Output]):
         self._wakeup = threading.Event()
         self._ready: collections.deque[Output] = collections.deque()
         self._generation = engine._start(prompt, options, self._wakeup.set)
+        self.request_id = self._generation.request_id
 
     def __next__(self) -> Output:
         while not self._ready:
@@ -86,11 +88,23 @@ class Engine:
     """Loads ``config.model`` and generates. Use as a context manager, or call ``close``.
 
     Raises BadRequest, NotFound or LoadFailed when the model cannot be loaded. ``progress`` gets lines about loading.
+
+    ``on_allocate``, ``on_free`` and ``on_evict`` follow the KV cache: each is called with a tuple of block ids, the
+    sequence as (request id, sample index), and a reason of ``trident_llm.engine.block_events``, on the engine's thread
+    between two steps. They hold the engine up, so they should be quick; of the engine they may call ``stats`` alone.
     """
 
-    def __init__(self, config: EngineConfig, *, progress: Callable[[str], None] | None = None) -> None:
+    def __init__(
+        self,
+        config: EngineConfig,
+        *,
+        progress: Callable[[str], None] | None = None,
+        on_allocate: AllocateCallback | None = None,
+        on_free: FreeCallback | None = None,
+        on_evict: EvictCallback | None = None,
+    ) -> None:
         self.config = config
-        self._core = EngineCore(config, progress=progress)
+        self._core = EngineCore(config, progress=progress, on_allocate=on_allocate, on_free=on_free, on_evict=on_evict)
         self._welcome = self._core.welcome(epoch="library")
         self.tokenizer = Tokenizer(Path(self._welcome.tokenizer_folder))
         self._inbox: queue.SimpleQueue[_Action | None] = queue.SimpleQueue()
@@ -127,6 +141,8 @@ class Engine:
 
     def stats(self) -> dict[str, Any]:
         """Counters and gauges of the engine, as ``llm_admin`` gives them."""
+        if threading.current_thread() is self._thread:  # from a callback: waiting for itself would never end
+            return self._core.stats()
         return self._post(self._core.stats).result()
 
     def check_integrity(self) -> None:
@@ -225,8 +241,9 @@ class Engine:
                 generation, notify = self._generations.get(delta.request_id, (None, None))
                 if generation is None or notify is None:
                     continue
-                for abort in generation.apply(delta):
-                    self._core.abort(abort.request_id, abort.sample_index)
+                aborts = generation.apply(delta)
+            for abort in aborts:
+                self._core.abort(abort.request_id, abort.sample_index)
             notified[delta.request_id] = notify
         for notify in notified.values():
             notify()

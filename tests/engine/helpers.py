@@ -6,7 +6,7 @@ import itertools
 from collections.abc import Callable
 
 from trident_llm.engine.block_manager import BlockManager
-from trident_llm.engine.scheduler import Scheduler, SchedulerOutput
+from trident_llm.engine.scheduler import PATIENCE, Scheduler, SchedulerOutput
 from trident_llm.engine.sequence import Sequence
 from trident_llm.protocol import SamplingParams
 
@@ -36,10 +36,15 @@ def make_scheduler(
     max_num_batched_tokens: int = 16,
     caching: bool = True,
     window: int | None = None,
+    patience: int = PATIENCE,
 ) -> Scheduler:
     blocks = BlockManager(num_blocks, block_size, prefix_caching=caching)
     return Scheduler(
-        blocks, max_num_seqs=max_num_seqs, max_num_batched_tokens=max_num_batched_tokens, sliding_window=window
+        blocks,
+        max_num_seqs=max_num_seqs,
+        max_num_batched_tokens=max_num_batched_tokens,
+        sliding_window=window,
+        patience=patience,
     )
 
 

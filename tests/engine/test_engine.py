@@ -180,19 +180,43 @@ def test_the_model_length_ends_a_sequence(make_core):
 
 
 def test_what_can_never_run_is_refused_with_the_numbers(make_core):
-    core = make_core(max_num_blocks=4, max_model_len=32)
-    with pytest.raises(BadRequest, match="40 tokens leave no room for output; allowed: at most 31"):
+    core = make_core(max_num_blocks=4)
+    message = (
+        r"40 tokens leave no room for output; allowed: at most 31 \(max_model_len 32, KV pool of 4 blocks of 8 tok"
+    )
+    with pytest.raises(BadRequest, match=message):
         core.add(submit(prompt=range(10, 50)))
     assert not core.has_work()
 
 
+def test_what_fits_alone_is_served_also_beside_others(make_core):
+    core = make_core(max_num_blocks=4)
+    requests = [submit(range(10, 41)), submit([5], max_tokens=1000), submit(range(20, 40), samples=3, max_tokens=12)]
+    deltas = run(core, *requests)
+    assert [len(tokens(deltas, requests[i], sample)) for i, sample in ((0, 0), (1, 0), (2, 0), (2, 2))] == [
+        1,
+        31,
+        12,
+        12,
+    ]
+    assert core.stats()["preemptions_total"] > 0
+
+
 def test_a_full_queue_refuses(make_core):
     core = make_core(max_num_seqs=2, max_queue_size=1)
+    with pytest.raises(BadRequest, match=r"n: 4 is not allowed; at most max_queue_size \+ max_num_seqs \(3\)"):
+        core.add(submit(samples=4))
     for _ in range(3):
         core.add(submit())
-    with pytest.raises(Overloaded, match=r"max_queue_size 1\); retry after"):
+    with pytest.raises(
+        Overloaded, match=r"^\[UNAVAILABLE\] 3 requests are waiting \(max_queue_size 1\); retry after 2 s$"
+    ):
         core.add(submit())
-    run(core)
+    core.step()
+    with pytest.raises(Overloaded):
+        core.add(submit())
+    core.add(resumed := submit(output_ids={0: [7, 8]}))
+    assert len(tokens(run(core), resumed)) == 10
 
 
 def test_waiting_too_long_is_an_error_for_that_request_only(make_core):

@@ -22,11 +22,13 @@ class SchedulerMachine(RuleBasedStateMachine):
         budget=st.integers(5, 20),
         caching=st.booleans(),
         window=st.sampled_from([None, None, 3, 8]),
+        patience=st.sampled_from([0, 5, 1000]),
     )
-    def start(self, num_blocks, max_num_seqs, budget, caching, window):
+    def start(self, num_blocks, max_num_seqs, budget, caching, window, patience):
         self.scheduler = make_scheduler(
-            num_blocks, 4, max_num_seqs=max_num_seqs, max_num_batched_tokens=budget, caching=caching, window=window
-        )
+            num_blocks, 4, max_num_seqs=max_num_seqs, max_num_batched_tokens=budget, caching=caching, window=window,
+            patience=patience,
+        )  # fmt: skip
         self.live = []
 
     @rule(

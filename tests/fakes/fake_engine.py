@@ -129,6 +129,9 @@ class FakeEngineCore:
         zeros = (
             "waiting_requests",
             "kv_blocks_cached",
+            "kv_blocks_allocated_total",
+            "kv_blocks_freed_total",
+            "kv_blocks_evicted_total",
             "prefix_cache_query_tokens_total",
             "prefix_cache_hit_tokens_total",
             "preemptions_total",

@@ -16,6 +16,7 @@ from collections import Counter, OrderedDict
 from collections.abc import Iterable
 from dataclasses import dataclass
 
+from .block_events import AllocateReason, BlockEvents, EvictReason, FreeReason
 from .sequence import Sequence
 
 RELEASED = -1
@@ -31,9 +32,12 @@ class BlockCopy:
 
 
 class BlockManager:
-    """Allocates, shares and frees the ``num_blocks`` blocks of ``block_size`` tokens."""
+    """Allocates, shares and frees the ``num_blocks`` blocks of ``block_size`` tokens, and enters it in ``events``."""
 
-    def __init__(self, num_blocks: int, block_size: int, *, prefix_caching: bool) -> None:
+    def __init__(
+        self, num_blocks: int, block_size: int, *, prefix_caching: bool, events: BlockEvents | None = None
+    ) -> None:
+        self.events = events or BlockEvents()
         self.num_blocks = num_blocks
         self.block_size = block_size
         self.prefix_caching = prefix_caching
@@ -43,6 +47,8 @@ class BlockManager:
         self._hash_of_block: dict[int, bytes] = {}
         self._announced: Counter[bytes] = Counter()
         """Hashes of prompt blocks that running sequences are about to compute, with the number of those."""
+        self.num_cached = 0
+        """Free blocks whose content can still be shared."""
         self.num_query_tokens = 0
         self.num_hit_tokens = 0
 
@@ -54,11 +60,6 @@ class BlockManager:
     @property
     def num_used(self) -> int:
         return self.num_blocks - len(self._free)
-
-    @property
-    def num_cached(self) -> int:
-        """Free blocks whose content can still be shared."""
-        return sum(1 for block in self._hash_of_block if self._ref_counts[block] == 0)
 
     def blocks_for(self, num_tokens: int) -> int:
         return -(-num_tokens // self.block_size)
@@ -104,11 +105,12 @@ class BlockManager:
         for block in matched:
             if self._ref_counts[block] == 0:
                 del self._free[block]
+                self.num_cached -= 1
             self._ref_counts[block] += 1
-        seq.block_table = list(matched)
+        self.events.allocated(seq, matched, AllocateReason.PREFIX_HIT)
         seq.num_computed, seq.num_registered = len(matched) * self.block_size, len(matched)
-        for _ in range(self.blocks_for(num_tokens) - len(matched)):
-            seq.block_table.append(self._take())
+        new = self._take(seq, self.blocks_for(num_tokens) - len(matched), AllocateReason.PROMPT)
+        seq.block_table = matched + new
         if self.prefix_caching:
             seq.num_announced = len(seq.token_ids) // self.block_size
             self._extend_hashes(seq, seq.num_announced)
@@ -134,27 +136,33 @@ class BlockManager:
         index = self._shared_write_block(seq)
         if index is not None:
             source = seq.block_table[index]
-            copy = BlockCopy(source, self._take())
+            (seq.block_table[index],) = self._take(seq, 1, AllocateReason.COPY_ON_WRITE)
+            copy = BlockCopy(source, seq.block_table[index])
             self._ref_counts[source] -= 1
-            seq.block_table[index] = copy.destination
-        while len(seq.block_table) < self.blocks_for(seq.num_computed + num_tokens):
-            seq.block_table.append(self._take())
+            self.events.freed(seq, [source], FreeReason.COPY_ON_WRITE)
+        num_new = self.blocks_for(seq.num_computed + num_tokens) - len(seq.block_table)
+        if num_new > 0:
+            seq.block_table += self._take(seq, num_new, AllocateReason.GROWTH)
         return copy
 
     def release_before(self, seq: Sequence, position: int) -> None:
         """Give back the blocks whose tokens all lie before ``position``: a sliding window has passed them."""
         end = max(position, 0) // self.block_size
-        for index in range(seq.num_released, end):
-            self._drop(seq.block_table[index])
-            seq.block_table[index] = RELEASED
+        passed = seq.block_table[seq.num_released : end]
+        for block in passed:
+            self._drop(block)
+        seq.block_table[seq.num_released : end] = [RELEASED] * len(passed)
         seq.num_released = max(seq.num_released, end)
+        self.events.freed(seq, passed, FreeReason.SLIDING_WINDOW)
 
     def fork(self, parent: Sequence, child: Sequence) -> None:
         """Let ``child`` share the blocks of all tokens that ``parent`` has computed."""
         child.block_table = parent.block_table[: self.blocks_for(parent.num_computed)]
         child.num_released = parent.num_released
-        for block in child.block_table[child.num_released :]:
+        shared = child.block_table[child.num_released :]
+        for block in shared:
             self._ref_counts[block] += 1
+        self.events.allocated(child, shared, AllocateReason.FORK)
         child.num_computed = parent.num_computed
         child.num_registered = child.num_announced = min(parent.num_registered, len(child.block_table))
         child.block_hashes = list(parent.block_hashes)
@@ -176,10 +184,12 @@ class BlockManager:
                 self._hash_of_block[block] = digest
         seq.num_registered = full
 
-    def free(self, seq: Sequence) -> None:
+    def free(self, seq: Sequence, reason: FreeReason = FreeReason.FINISHED) -> None:
         """Give all blocks back. The end of the sequence is reused first: its beginning is likelier to be shared."""
-        for block in reversed(seq.block_table[seq.num_released :]):
+        held = seq.block_table[seq.num_released :]
+        for block in reversed(held):
             self._drop(block)
+        self.events.freed(seq, held, reason)
         self._retract(seq, seq.num_announced)
         seq.block_table = []
         seq.num_computed = seq.num_registered = seq.num_announced = seq.num_released = 0
@@ -199,6 +209,7 @@ class BlockManager:
         assert all((counts[block] == 0) == (block in self._free) for block in range(self.num_blocks))
         assert self._announced == announced, "announced blocks disagree with the live sequences"
         assert {h: b for b, h in self._hash_of_block.items()} == self._block_of_hash
+        assert self.num_cached == sum(counts[block] == 0 for block in self._hash_of_block)
 
     def _retract(self, seq: Sequence, end: int) -> None:
         """The announced blocks before index ``end`` are computed, or never will be."""
@@ -211,16 +222,26 @@ class BlockManager:
         self._ref_counts[block] -= 1
         if self._ref_counts[block] == 0:
             self._free[block] = None
-            if block not in self._hash_of_block:
+            if block in self._hash_of_block:
+                self.num_cached += 1
+            else:
                 self._free.move_to_end(block, last=False)
 
-    def _take(self) -> int:
-        block, _ = self._free.popitem(last=False)
-        digest = self._hash_of_block.pop(block, None)
-        if digest is not None:
-            del self._block_of_hash[digest]
-        self._ref_counts[block] = 1
-        return block
+    def _take(self, seq: Sequence, count: int, reason: AllocateReason) -> list[int]:
+        """``count`` free blocks for ``seq``, those without cached content first."""
+        taken, evicted = [], []
+        for _ in range(count):
+            block, _ = self._free.popitem(last=False)
+            digest = self._hash_of_block.pop(block, None)
+            if digest is not None:
+                del self._block_of_hash[digest]
+                evicted.append(block)
+            self._ref_counts[block] = 1
+            taken.append(block)
+        self.num_cached -= len(evicted)
+        self.events.evicted(seq, evicted, EvictReason.REUSED)
+        self.events.allocated(seq, taken, reason)
+        return taken
 
     def _shared_write_block(self, seq: Sequence) -> int | None:
         """Index of the block that the next token goes to, when others hold it too or may find it by its hash."""

@@ -15,6 +15,7 @@ import torch
 from ..config import EngineConfig
 from ..errors import BadRequest, Overloaded
 from ..protocol import Delta, FinishReason, SampleStart, Submit, Welcome
+from .block_events import AllocateCallback, BlockEvents, BlockTotals, EvictCallback, FreeCallback, FreeReason
 from .block_manager import BlockManager
 from .loading import LoadedModel, load_model
 from .model_runner import ModelRunner, SampledToken, StepResult
@@ -36,6 +37,9 @@ class EngineCore:
 
     With ``lookahead`` (default: on a GPU) a step is launched before the tokens of the one before are known, so that the
     device never waits for the host. A stop is then found one step late, and that step's token is dropped.
+
+    ``on_allocate``, ``on_free`` and ``on_evict`` are called with block ids, (request id, sample index) and a reason of
+    ``block_events``, at the end of ``step`` and ``abort``.
     """
 
     def __init__(
@@ -44,11 +48,20 @@ class EngineCore:
         *,
         progress: Callable[[str], None] | None = None,
         lookahead: bool | None = None,
+        on_allocate: AllocateCallback | None = None,
+        on_free: FreeCallback | None = None,
+        on_evict: EvictCallback | None = None,
     ) -> None:
         self.config = config
         self.model: LoadedModel = load_model(config, progress or (lambda text: None))
+        self._events = BlockEvents()
+        self._block_totals = BlockTotals(self._events)
+        self._events.subscribe(on_allocate=on_allocate, on_free=on_free, on_evict=on_evict)
         self.blocks = BlockManager(
-            self.model.kv_cache.num_blocks, config.block_size, prefix_caching=config.prefix_caching
+            self.model.kv_cache.num_blocks,
+            config.block_size,
+            prefix_caching=config.prefix_caching,
+            events=self._events,
         )
         self.scheduler = Scheduler(
             self.blocks,
@@ -100,8 +113,9 @@ class EngineCore:
         """Drop a request, or one sample of it, and free its blocks. Unknown names are ignored."""
         for index, seq in list(self._requests.get(request_id, {}).items()):
             if sample_index in (None, index):
-                self.scheduler.finish(seq)
+                self.scheduler.finish(seq, FreeReason.ABORTED)
                 self._forget(seq)
+        self._events.deliver()
 
     def has_work(self) -> bool:
         return bool(self._requests) or self._in_flight is not None
@@ -123,6 +137,7 @@ class EngineCore:
                 self.blocks.register(item.seq)
             self._counters["steps_total"] += 1
         self._step_seconds += time.perf_counter() - began
+        self._events.deliver()
         return deltas
 
     def stats(self) -> dict[str, Any]:
@@ -135,6 +150,9 @@ class EngineCore:
             "kv_blocks_total": self.blocks.num_blocks,
             "kv_blocks_used": self.blocks.num_used,
             "kv_blocks_cached": self.blocks.num_cached,
+            "kv_blocks_allocated_total": self._block_totals.allocated,
+            "kv_blocks_freed_total": self._block_totals.freed,
+            "kv_blocks_evicted_total": self._block_totals.evicted,
             "prefix_cache_query_tokens_total": self.blocks.num_query_tokens,
             "prefix_cache_hit_tokens_total": self.blocks.num_hit_tokens,
             "preemptions_total": self.scheduler.num_preemptions,
@@ -155,28 +173,24 @@ class EngineCore:
         self.scheduler.check_integrity()
 
     def _check_fits(self, submit: Submit) -> None:
-        longest = max(len(start.output_ids) for start in submit.samples)
-        limit = self.model.max_model_len
+        """Loading has seen to it that the pool holds ``max_model_len`` tokens: whatever passes fits alone."""
+        limit, pool = self.model.max_model_len, self.blocks
         if len(submit.prompt_ids) >= limit:
             raise BadRequest(
                 f"text_input: {len(submit.prompt_ids)} tokens leave no room for output; allowed: at most {limit - 1} "
-                f"(max_model_len {limit})"
-            )
-        total = min(len(submit.prompt_ids) + max(submit.params.max_tokens, longest), limit)
-        needed = self.blocks.blocks_for(total)
-        if needed > self.blocks.num_blocks:
-            raise BadRequest(
-                f"max_tokens: prompt and output of {total} tokens need {needed} KV blocks; the pool has "
-                f"{self.blocks.num_blocks} blocks of {self.blocks.block_size} tokens"
+                f"(max_model_len {limit}, KV pool of {pool.num_blocks} blocks of {pool.block_size} tokens)"
             )
 
     def _check_queue(self, submit: Submit) -> None:
-        resumed = any(start.output_ids for start in submit.samples)
-        room = self.config.max_queue_size + self.config.max_num_seqs - len(self.scheduler.running)
-        if not resumed and self.scheduler.num_unstarted + len(submit.samples) > max(room, 1):
+        if any(start.output_ids for start in submit.samples):
+            return  # resubmitted: it had its place before
+        num_samples, waiting = len(submit.samples), self.scheduler.num_unstarted
+        most = self.config.max_queue_size + self.config.max_num_seqs
+        if num_samples > most:
+            raise BadRequest(f"n: {num_samples} is not allowed; at most max_queue_size + max_num_seqs ({most})")
+        if waiting + num_samples > max(most - len(self.scheduler.running), 1):
             raise Overloaded(
-                f"{self.scheduler.num_unstarted} requests are waiting (max_queue_size {self.config.max_queue_size}); "
-                "retry after 2 s"
+                f"{waiting} requests are waiting (max_queue_size {self.config.max_queue_size}); retry after 2 s"
             )
 
     def _sequence(self, submit: Submit, start: SampleStart) -> Sequence:

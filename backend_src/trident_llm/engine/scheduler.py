@@ -2,7 +2,8 @@
 
 Running sequences that need one token come first, then those whose prompt is still being computed, then new ones, all
 within ``max_num_batched_tokens``. A new one whose beginning another is just computing waits to share it. When blocks
-run out, the least urgent and newest running sequence gives its blocks back and is computed again later.
+run out, the least urgent and newest running sequence gives its blocks back and is computed again later. So that urgent
+ones cannot hold others off for ever, the oldest sequence goes before all once it is ``PATIENCE`` steps old.
 """
 
 from __future__ import annotations
@@ -11,8 +12,12 @@ import bisect
 import time
 from dataclasses import dataclass
 
+from .block_events import FreeReason
 from .block_manager import BlockCopy, BlockManager
 from .sequence import Sequence, Status
+
+PATIENCE = 1000
+"""Steps after which a sequence that is the oldest becomes overdue."""
 
 
 @dataclass(frozen=True)
@@ -36,7 +41,14 @@ class SchedulerOutput:
 
 
 class Scheduler:
-    """Holds the waiting and running sequences; every method is called between steps, from one thread."""
+    """Holds the waiting and running sequences; every method is called between steps, from one thread.
+
+    Nothing starves. An overdue sequence is never preempted, is admitted at the next step whoever must give way, and
+    computes at least one token in every step from then on, because ``max_num_batched_tokens >= max_num_seqs`` leaves
+    one over after the decodes; so it ends within as many steps as it has tokens in the end. The next oldest follows.
+    A sequence therefore ends at most ``patience`` steps, and the final tokens of itself and of all older unfinished
+    ones, after it was added; with lookahead one step more for each of those, because a token in flight is waited for.
+    """
 
     def __init__(
         self,
@@ -45,16 +57,21 @@ class Scheduler:
         max_num_seqs: int,
         max_num_batched_tokens: int,
         sliding_window: int | None = None,
+        patience: int = PATIENCE,
     ) -> None:
         """``sliding_window``: tokens a position attends to, itself included; None for all."""
         self.blocks = blocks
+        self.patience = patience
         self.sliding_window = sliding_window
         self.max_num_seqs = max_num_seqs
         self.max_num_batched_tokens = max_num_batched_tokens
         self.waiting: list[Sequence] = []
         self.running: list[Sequence] = []
+        self.num_steps = 0
         self.num_preemptions = 0
         self.peak_running = 0
+        self._added_at: dict[Sequence, int] = {}
+        """Step at which each unfinished sequence was added, the oldest first."""
 
     @property
     def num_unstarted(self) -> int:
@@ -62,21 +79,24 @@ class Scheduler:
         return sum(1 + len(seq.forks) for seq in self.waiting if not seq.started)
 
     def add(self, seq: Sequence) -> None:
+        for added in (seq, *seq.forks):
+            self._added_at.setdefault(added, self.num_steps)
         bisect.insort(self.waiting, seq, key=lambda s: s.order)
 
-    def finish(self, seq: Sequence) -> None:
+    def finish(self, seq: Sequence, reason: FreeReason = FreeReason.FINISHED) -> None:
         """Take a sequence out, whatever its state, and give its blocks back. Its forks start on their own."""
         if seq.status is Status.FINISHED:
             return
         if seq.status is Status.RUNNING:
             self.running.remove(seq)
-            self.blocks.free(seq)
+            self.blocks.free(seq, reason)
         elif seq in self.waiting:
             self.waiting.remove(seq)
         else:
             for parent in (*self.waiting, *self.running):
                 parent.forks = [fork for fork in parent.forks if fork is not seq]
         seq.status = Status.FINISHED
+        self._added_at.pop(seq, None)
         self._release_forks(seq)
 
     def expire(self, queue_timeout: float) -> list[Sequence]:
@@ -87,10 +107,13 @@ class Scheduler:
         self.waiting = [seq for seq in self.waiting if seq not in late]
         for seq in late:
             seq.status, seq.forks = Status.FINISHED, []
+            del self._added_at[seq]
         return late
 
     def schedule(self) -> SchedulerOutput:
         """Choose the next step and account for it: ``num_computed`` and ``num_pending`` are those after the step."""
+        self.num_steps += 1
+        self._serve_overdue()
         budget = self.max_num_batched_tokens
         scheduled: list[ScheduledSequence] = []
         copies: list[BlockCopy] = []
@@ -131,6 +154,8 @@ class Scheduler:
         assert all(seq.status is Status.WAITING and not seq.block_table for seq in self.waiting)
         assert self.waiting == sorted(self.waiting, key=lambda s: s.order)
         assert len(self.running) <= self.max_num_seqs
+        assert self._added_at.keys() >= {*self.waiting, *self.running}
+        assert sum(seq.overdue for seq in (*self.waiting, *self.running)) <= 1
         self.blocks.check_integrity(self.running)
 
     def _advance(self, seq: Sequence, num_tokens: int) -> ScheduledSequence:
@@ -172,9 +197,27 @@ class Scheduler:
                 return False
         return True
 
+    def _serve_overdue(self) -> None:
+        """Put the oldest sequence before all others when it is overdue, and admit it, whatever must be preempted."""
+        oldest = next(iter(self._added_at), None)
+        if oldest is None or self.num_steps - self._added_at[oldest] <= self.patience:
+            return
+        if oldest.status is Status.RUNNING:
+            oldest.overdue = True
+            return
+        if not oldest.overdue:
+            self.waiting.remove(oldest)
+            oldest.overdue = True
+            self.add(oldest)
+        if oldest.num_pending:
+            return
+        matched = self.blocks.match_prefix(oldest)
+        while len(self.running) >= self.max_num_seqs or not self._admit(oldest, matched):
+            self._preempt(max(self.running, key=lambda s: s.order))
+
     def _preempt(self, seq: Sequence) -> None:
         self.running.remove(seq)
-        self.blocks.free(seq)
+        self.blocks.free(seq, FreeReason.PREEMPTED)
         seq.status = Status.WAITING
         self.add(seq)
         self.num_preemptions += 1

@@ -41,6 +41,8 @@ class Sequence:
     arrival_time: float = field(default_factory=time.monotonic)
     status: Status = Status.WAITING
     started: bool = False
+    overdue: bool = False
+    """The oldest of all, and too old: nothing goes before it any more."""
     num_computed: int = 0
     """Tokens whose K and V are in the cache, the step in flight included."""
     num_pending: int = 0
@@ -79,6 +81,6 @@ class Sequence:
         return 0 if self.num_tokens >= self.max_total_tokens else self.num_tokens - self.num_computed
 
     @property
-    def order(self) -> tuple[int, int]:
-        """Sort key of service: urgent first, then first come. The largest is preempted first."""
-        return self.priority, self.arrival
+    def order(self) -> tuple[bool, int, int]:
+        """Sort key of service: overdue, then urgent, then first come. The largest is preempted first."""
+        return not self.overdue, self.priority, self.arrival

@@ -26,6 +26,9 @@ GAUGES = {
     "engine_ready": "1 while the engine process answers, else 0",
 }
 COUNTERS = {
+    "kv_blocks_allocated_total": "Blocks that sequences took hold of, each shared one counted for each of them",
+    "kv_blocks_freed_total": "Blocks that sequences gave back, counted likewise",
+    "kv_blocks_evicted_total": "Free blocks whose cached content was overwritten",
     "prefix_cache_query_tokens_total": "Prompt tokens looked up in the prefix cache",
     "prefix_cache_hit_tokens_total": "Prompt tokens found in the prefix cache",
     "preemptions_total": "Sequences that gave up their blocks for others",
