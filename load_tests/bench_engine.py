@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import argparse
 import gc
+import time
 from pathlib import Path
 
 from results_file import RESULTS, ResultsFile
@@ -27,18 +28,25 @@ def main() -> None:
     parser.add_argument("--out", type=Path, default=RESULTS / "engine.jsonl")
     args = parser.parse_args()
     settings = {"prefix_caching": "false", **dict(item.split("=", 1) for item in args.set)}
+    began = time.perf_counter()
     core = EngineCore(EngineConfig.from_parameters({"model": args.model, **settings}), progress=print)
+    start_seconds = time.perf_counter() - began
     # As the engine's process does: a collection that walks all modules' objects takes as long as several steps.
     gc.collect()
     gc.freeze()
     results = ResultsFile(
         path=args.out, benchmark="bench_engine", model=args.name, variant=args.variant, settings=settings
     )
+    results.record("start", "s", [start_seconds])
     bench = Bench(core)
     for name in args.workloads.split(","):
         metric, measure = WORKLOADS[name]
         measure(bench)
+        preempted = core.stats()["preemptions_total"]
         results.record(name, metric, [measure(bench) for _ in range(args.runs)])
+        preemptions = core.stats()["preemptions_total"] - preempted
+        if preemptions:
+            results.record(name, "preemptions", [preemptions / args.runs])
 
 
 if __name__ == "__main__":

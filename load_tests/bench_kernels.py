@@ -23,6 +23,7 @@ from kernel_problems import LINEAR_SHAPES, Decode, Launch, Prefill
 from results_file import RESULTS, commit, device_name, versions
 
 from trident_llm.kernels.decode_attention import choose_num_splits
+from trident_llm.kernels.layer_cache import LayerCache
 from trident_llm.kernels.sample_tokens import SamplingTensors, allocate_workspace, sample_tokens
 from trident_llm.kernels.token_logprobs import token_logprobs
 from trident_llm.kernels.triton_language import AttentionPlan, TritonLanguageKernels
@@ -119,12 +120,16 @@ def _bench_elementwise(results: Results, kernels: TritonLanguageKernels, rows: i
     times = graph_times([lambda g=g: kernels.silu_and_mul(g) for g in random(2 * INTERMEDIATE)])
     results.record("silu_and_mul", f"{rows} x {INTERMEDIATE}", times, num_bytes=3 * rows * INTERMEDIATE * 2)
     cos = random(1, HEAD_DIM)[0]
-    cache = torch.zeros(rows // 16 + 1, 16, 2, KV_HEADS, HEAD_DIM, dtype=torch.bfloat16, device="cuda")
+    cache = new_cache(rows // 16 + 1)
     plan = decode_plan(rows, 16)
     qkv = random(HEADS + 2 * KV_HEADS, HEAD_DIM)
     times = graph_times([lambda t=t: kernels.rotary_embed_and_store_kv(t, cos, cos, cache, plan) for t in qkv])
     moved = rows * HEAD_DIM * 2 * (2 * (HEADS + KV_HEADS) + 3 * KV_HEADS)
     results.record("rotary_embed_and_store_kv", f"{rows} tokens", times, num_bytes=moved)
+
+
+def new_cache(num_blocks: int) -> LayerCache:
+    return LayerCache(torch.zeros(num_blocks, 16, 2, KV_HEADS, HEAD_DIM, dtype=torch.bfloat16, device="cuda"))
 
 
 def decode_plan(num_seqs: int, context: int) -> AttentionPlan:
@@ -176,7 +181,7 @@ def decode_step(
     cos = torch.rand(rows, 1, HEAD_DIM, dtype=torch.bfloat16, device="cuda")
     plan = decode_plan(rows, context)
     blocks = plan.block_tables.numel()
-    caches = [torch.zeros(blocks, 16, 2, KV_HEADS, HEAD_DIM, dtype=torch.bfloat16, device="cuda") for _ in layers]
+    caches = [new_cache(blocks) for _ in layers]
     params, workspace = sampling_tensors(rows, temperature=0.0), sample_space(rows)
     token_ids = torch.zeros_like(plan.slots)
 

@@ -10,6 +10,7 @@ import torch
 from torch import Tensor
 
 from trident_llm.kernels.decode_attention import allocate_workspace, decode_attention
+from trident_llm.kernels.layer_cache import LayerCache
 from trident_llm.kernels.matrix_vector import matrix_vector
 from trident_llm.kernels.prefill_attention import prefill_attention
 from trident_llm.kernels.skinny_matmul import skinny_matmul
@@ -122,7 +123,7 @@ class Decode(_Paged):
         workspace = allocate_workspace(self.num_seqs, self.heads[0], num_splits, self.head_dim, arrivals)
         return [
             lambda cache=cache: decode_attention(
-                self.q, cache, self.tables, self.context_lens, self.seq_counts, self.out, workspace,
+                self.q, LayerCache(cache), self.tables, self.context_lens, self.seq_counts, self.out, workspace,
                 num_splits=num_splits, scale=self.head_dim**-0.5, config=config, pdl=pdl,
             )
             for cache in self.caches
@@ -151,7 +152,7 @@ class Prefill(_Paged):
 
     def launches(self, config: Any, pdl: bool = True) -> list[Launch]:
         launch = lambda: prefill_attention(  # noqa: E731
-            self.q, self.cache, self.tables, self.starts, self.context_lens, self.seq_counts, self.out,
+            self.q, LayerCache(self.cache), self.tables, self.starts, self.context_lens, self.seq_counts, self.out,
             max_tokens=self.tokens, max_seqs=1, scale=self.head_dim**-0.5, config=config, pdl=pdl,
         )  # fmt: skip
         return [launch] * 3

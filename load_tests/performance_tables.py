@@ -33,8 +33,7 @@ def table(benchmark: str, lines: Iterable[dict[str, Any]]) -> str:
         rows = [line for line in chosen if (line["device"], line["model"]) == (device, model)]
         variants = list(dict.fromkeys(line["variant"] for line in rows))
         newest = max(rows, key=lambda line: line["date"])
-        versions = ", ".join(f"{name} {version}" for name, version in newest["versions"].items())
-        parts.append(f"{model} on {device}; {newest['date'][:10]}, commit {newest['commit']}, {versions}:\n")
+        parts.append(f"{model} on {device}; {_origin(newest)}:\n")
         parts.append("| workload | unit | " + " | ".join(variants) + " |\n|---|---|" + "---|" * len(variants))
         for workload, metric in dict.fromkeys((line["workload"], line["metric"]) for line in rows):
             same = [line for line in rows if (line["workload"], line["metric"]) == (workload, metric)]
@@ -45,13 +44,52 @@ def table(benchmark: str, lines: Iterable[dict[str, Any]]) -> str:
     return "\n".join(parts)
 
 
+def kernel_table(lines: Iterable[dict[str, Any]]) -> str:
+    """Markdown for bench_kernels: a row a kernel and shape, with the share of what plain kernels reach."""
+    found: dict[tuple[str, str, str], dict[str, dict[str, Any]]] = {}
+    for line in lines:
+        if line.get("benchmark") == "bench_kernels":
+            found.setdefault((line["device"], line["kernel"], line["shape"]), {})[line["metric"]] = line
+    parts = []
+    for device in dict.fromkeys(key[0] for key in found):
+        rows = {key[1:]: metrics for key, metrics in found.items() if key[0] == device}
+        newest = max((line for metrics in rows.values() for line in metrics.values()), key=lambda line: line["date"])
+        ceilings = newest["ceilings"]
+        parts.append(
+            f"{device}; {_origin(newest)}. Reading reaches {ceilings['read_gb_s']:,.0f} GB/s, a bf16 product of size "
+            f"8,192 {ceilings['bf16_tflop_s']:,.0f} TFLOP/s:\n"
+        )
+        parts.append("| kernel | shape | us | GB/s | of reading | TFLOP/s | of the product |\n" + "|---" * 7 + "|")
+        for (kernel, shape), metrics in rows.items():
+            if shape == "ceiling":
+                continue
+            cells = [_number(metrics["us"]["value"])]
+            for metric, ceiling in (("gb_s", "read_gb_s"), ("tflop_s", "bf16_tflop_s")):
+                value = metrics[metric]["value"] if metric in metrics else None
+                share = "" if value is None else f"{100 * value / ceilings[ceiling]:.0f}%"
+                cells += [_number(value), share]
+            parts.append(f"| {kernel} | {shape} | {' | '.join(cells)} |")
+        parts.append("")
+    return "\n".join(parts)
+
+
 def render(document: str, lines: list[dict[str, Any]]) -> str:
     """``document`` with every marked table made anew."""
-    return _MARKED.sub(lambda match: f"{match[1]}{table(match[2], lines)}{match[3]}", document)
+
+    def made(match: re.Match[str]) -> str:
+        text = kernel_table(lines) if match[2] == "bench_kernels" else table(match[2], lines)
+        return f"{match[1]}{text}{match[3]}"
+
+    return _MARKED.sub(made, document)
 
 
 def read_results(folder: Path = RESULTS) -> list[dict[str, Any]]:
     return [json.loads(line) for path in sorted(folder.glob("*.jsonl")) for line in path.read_text().splitlines()]
+
+
+def _origin(line: dict[str, Any]) -> str:
+    versions = ", ".join(f"{name} {version}" for name, version in line["versions"].items())
+    return f"{line['date'][:10]}, commit {line['commit']}, {versions}"
 
 
 def _number(value: float | None) -> str:

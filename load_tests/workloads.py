@@ -112,5 +112,6 @@ WORKLOADS: dict[str, tuple[str, Callable[[Bench], float]]] = {
     "streams_64": ("output_tok_s", lambda bench: bench.streams(64)),
     "streams_256": ("output_tok_s", lambda bench: bench.streams(256)),
     "mixed_1000": ("req_s", lambda bench: bench.mixed(1000)),
+    "streams_1000": ("output_tok_s", lambda bench: bench.streams(1000, new_tokens=64)),
 }
 """Name, metric and measurement of each standard workload."""

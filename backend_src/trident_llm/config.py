@@ -15,6 +15,7 @@ from typing import Any
 from .errors import BadRequest
 from .protocol import Limits
 
+KV_CACHE_DTYPES = ("auto", "bf16", "fp16", "fp8", "int8")
 _TRUE, _FALSE = ("true", "1", "yes", "on"), ("false", "0", "no", "off")
 
 
@@ -59,10 +60,13 @@ class EngineConfig:
     block_size: int = setting(16, "tokens per KV-cache block", choices=("8", "16", "32", "64", "128"))
     max_num_blocks: int | None = setting(None, "KV-cache blocks; empty: what fits", minimum=1)
     kv_cache_dtype: str = setting(
-        "auto", "auto: the model's dtype", choices=("auto", "bf16", "fp16", "fp8", "int8"), available=False
+        "auto",
+        "K and V in the cache; auto: the model's dtype; int8, and fp8 on GPUs of compute capability 8.9 or later, hold "
+        "nearly twice as many tokens as 16 bits",
+        choices=KV_CACHE_DTYPES,
     )
     kv_host_memory: int = setting(
-        0, "bytes of pinned host memory for evicted blocks", minimum=0, available=False
+        0, "bytes of pinned host memory for blocks that the pool loses; on a GPU", minimum=0
     )
     sliding_window: int | None = setting(
         None, "tokens a position attends to, itself included; empty: the model's own; 0: all", minimum=0

@@ -6,11 +6,14 @@ import itertools
 from collections.abc import Callable
 
 from trident_llm.engine.block_manager import BlockManager
+from trident_llm.engine.host_tier import HostTier, TransferCosts
 from trident_llm.engine.scheduler import PATIENCE, Scheduler, SchedulerOutput
 from trident_llm.engine.sequence import Sequence
 from trident_llm.protocol import SamplingParams
 
 _arrivals = itertools.count()
+FREE_TRANSFERS = TransferCosts(block_seconds=0.0, token_seconds=1.0)
+"""Copying back always pays."""
 
 
 def make_sequence(prompt: list[int], *, name: str = "r", priority: int = 0, salt: bytes = b"", max_tokens: int = 8):
@@ -37,8 +40,10 @@ def make_scheduler(
     caching: bool = True,
     window: int | None = None,
     patience: int = PATIENCE,
+    host_blocks: int = 0,
 ) -> Scheduler:
-    blocks = BlockManager(num_blocks, block_size, prefix_caching=caching)
+    tier = HostTier(host_blocks, block_size, FREE_TRANSFERS) if host_blocks else None
+    blocks = BlockManager(num_blocks, block_size, prefix_caching=caching, host_tier=tier)
     return Scheduler(
         blocks,
         max_num_seqs=max_num_seqs,

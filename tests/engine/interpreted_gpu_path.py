@@ -2,13 +2,17 @@
 
 from __future__ import annotations
 
+import dataclasses
+
 import pytest
 
+from tests.engine.helpers import FREE_TRANSFERS
 from tests.engine.test_cuda_engine import random_requests, run
 from tests.fakes.fake_cuda import run_gpu_path_on_cpu
 from tests.fakes.tiny_models import write_tiny_llama
 from trident_llm import EngineConfig
 from trident_llm.engine.engine import EngineCore
+from trident_llm.engine.loading import load_model
 from trident_llm.protocol import SampleStart, SamplingParams, Submit
 
 
@@ -17,12 +21,14 @@ from trident_llm.protocol import SampleStart, SamplingParams, Submit
     [
         ({}, False),
         ({"max_num_blocks": 5, "max_num_batched_tokens": 16, "prefix_caching": False}, True),
+        ({"kv_cache_dtype": "int8"}, False),
     ],
-    ids=["whole", "chunked-small-pool"],
+    ids=["whole", "chunked-small-pool", "int8"],
 )
 def test_tokens_equal_those_of_the_cpu(tmp_path, monkeypatch, settings, preempts):
     folder = write_tiny_llama(tmp_path, vocab=1000)
     defaults = {"dtype": "fp32", "device": "cpu", "max_num_blocks": 64, "block_size": 8, "max_num_seqs": 6}
+    defaults["kv_cache_dtype"] = settings.get("kv_cache_dtype", "auto")
     requests = random_requests(7, longest=20, longest_output=8)
     expected, reasons = run(EngineCore(EngineConfig(model=str(folder), **defaults)), requests)
     run_gpu_path_on_cpu(monkeypatch)
@@ -31,6 +37,33 @@ def test_tokens_equal_those_of_the_cpu(tmp_path, monkeypatch, settings, preempts
     assert got == expected and got_reasons == reasons
     assert (core.stats()["preemptions_total"] > 0) == preempts
     assert core.stats()["kv_blocks_used"] == 0
+
+
+def test_blocks_come_back_from_the_host(tmp_path, monkeypatch):
+    """The pool holds one sequence at a time: what its turns share is evicted by the other conversation's."""
+    folder = write_tiny_llama(tmp_path)
+    settings = {"dtype": "fp32", "device": "cpu", "max_num_blocks": 7, "block_size": 8, "max_num_seqs": 4}
+    # With int8 a block lies in two pools.
+    config = EngineConfig(model=str(folder), kv_cache_dtype="int8", **settings)
+    requests = []
+    for turn in range(8):
+        prompt = [5 + turn % 2] * 30 + [9 + turn] * 3
+        params = SamplingParams(seed=turn, max_tokens=5, temperature=0.8, ignore_eos=True)
+        requests.append(Submit(request_id=f"turn{turn}", prompt_ids=prompt, params=params))
+    expected = [run(EngineCore(config), [request]) for request in requests]
+    run_gpu_path_on_cpu(monkeypatch)
+    monkeypatch.setattr("trident_llm.engine.engine.load_model", with_host_blocks(load_model, 12))
+    monkeypatch.setattr("trident_llm.engine.cuda_runner.TransferCosts", lambda *measured: FREE_TRANSFERS)
+    core = EngineCore(config)
+    assert [run(core, [request]) for request in requests] == expected
+    stats = core.stats()
+    assert stats["swapped_blocks_total"] > stats["host_blocks_used"] > 0, "nothing came back"
+    assert stats["prefix_cache_hit_tokens_total"] >= 6 * 24
+
+
+def with_host_blocks(load, num_blocks):
+    """``load_model`` as on a GPU: on a CPU the setting is refused."""
+    return lambda config, progress: dataclasses.replace(load(config, progress), num_host_blocks=num_blocks)
 
 
 def test_samples_may_outnumber_the_sequences_of_a_decode_step(tmp_path, monkeypatch):

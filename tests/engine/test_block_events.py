@@ -12,7 +12,7 @@ import pytest
 from tests.fakes.tiny_models import write_tiny_llama
 from trident_llm import EngineConfig
 from trident_llm.engine.block_events import BlockEvents, FreeReason
-from trident_llm.engine.block_manager import BlockManager
+from trident_llm.engine.block_manager import BlockManager, PrefixMatch
 from trident_llm.engine.engine import EngineCore
 from trident_llm.protocol import SampleStart, SamplingParams, Submit
 
@@ -138,7 +138,7 @@ def test_nothing_is_gathered_for_nobody():
     events.subscribe(on_free=lambda *event: told.append(event))
     manager = BlockManager(4, 4, prefix_caching=True, events=events)
     seq = make_sequence([1] * 9)
-    manager.admit(seq, [], 9)
+    manager.admit(seq, PrefixMatch([]), 9)
     assert events._gathered == []
     manager.free(seq)
     events.deliver()
@@ -157,7 +157,7 @@ def test_a_callback_that_raises_is_logged_once_and_disturbs_nobody(caplog):
     with caplog.at_level(logging.ERROR):
         for _ in range(2):
             seq = make_sequence([1] * 3)
-            manager.admit(seq, [], 3)
+            manager.admit(seq, PrefixMatch([]), 3)
             events.deliver()
             manager.free(seq)
     assert told == [(0,), (0,)]

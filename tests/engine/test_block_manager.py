@@ -40,8 +40,8 @@ def test_full_blocks_are_shared_and_the_last_token_is_always_computed():
 def test_a_block_is_found_only_behind_the_same_beginning_and_salt():
     manager = BlockManager(8, 4, prefix_caching=True)
     admit(manager, make_sequence([1, 2, 3, 4, 5, 6, 7, 8, 9]))
-    assert manager.match_prefix(make_sequence([0, 2, 3, 4, 5, 6, 7, 8, 9])) == []
-    assert manager.match_prefix(make_sequence([1, 2, 3, 4, 5, 6, 7, 8, 9], salt=b"tenant")) == []
+    assert manager.match_prefix(make_sequence([0, 2, 3, 4, 5, 6, 7, 8, 9])).blocks == []
+    assert manager.match_prefix(make_sequence([1, 2, 3, 4, 5, 6, 7, 8, 9], salt=b"tenant")).blocks == []
     assert len(manager.match_prefix(make_sequence([1, 2, 3, 4, 0, 0, 0, 0, 0]))) == 1
 
 
@@ -54,7 +54,7 @@ def test_cached_blocks_survive_their_sequence_until_the_oldest_is_needed():
     assert manager.num_free == 4 and manager.num_cached == 2
     big = make_sequence([3] * 12)
     admit(manager, big)
-    assert manager.match_prefix(make_sequence([1] * 5)) == []
+    assert manager.match_prefix(make_sequence([1] * 5)).blocks == []
     assert len(manager.match_prefix(make_sequence([2] * 5))) == 1
     manager.check_integrity([big])
 

@@ -115,26 +115,31 @@ def answer_all(core: EngineCore, conversations: list[Conversation], *, together:
     core.check_integrity()
 
 
-@pytest.mark.parametrize("lookahead", [False, True])
-def test_tokens_are_those_of_lone_requests_without_a_cache(tmp_path, lookahead):
+@pytest.mark.parametrize(("lookahead", "kv_cache_dtype"), [(False, "auto"), (True, "auto"), (False, "int8")])
+def test_tokens_are_those_of_lone_requests_without_a_cache(tmp_path, lookahead, kv_cache_dtype):
     folder = write_tiny_llama(tmp_path)
     requests = conversations()
     alone = [Conversation(request, f"alone{i}") for i, request in enumerate(requests)]
     # With a single place there are no forks: each sample computes the prompt for itself.
-    config = make_config(folder, prefix_caching=False, max_num_blocks=64, max_num_seqs=1)
+    settings = {"kv_cache_dtype": kv_cache_dtype}
+    config = make_config(folder, prefix_caching=False, max_num_blocks=64, max_num_seqs=1, **settings)
     answer_all(EngineCore(config), alone, together=False)
 
-    config = make_config(folder, max_num_blocks=40, max_num_seqs=8, max_num_batched_tokens=32)
+    config = make_config(folder, max_num_blocks=40, max_num_seqs=8, max_num_batched_tokens=32, **settings)
     reasons = set()
     core = EngineCore(config, lookahead=lookahead, on_allocate=lambda blocks, sequence, reason: reasons.add(reason))
     shared = [Conversation(request, f"shared{i}") for i, request in enumerate(requests)]
     answer_all(core, shared, together=True)
 
     assert sum(len(conversation.answers) for conversation in shared) == NUM_REQUESTS
+    different = []
     for expected, got in zip(alone, shared, strict=True):
-        assert got.answers == expected.answers, got.name
+        if got.answers != expected.answers:
+            different.append(got.name)
         lengths = {len(tokens) for turn in expected.answers for tokens in turn.values()}
         assert lengths == {expected.request.max_tokens}
+    # Sums in another order can change what a value between two of 8 bits is rounded to.
+    assert len(different) <= (0 if kv_cache_dtype == "auto" else len(shared) // 30), different
     stats = core.stats()
     assert stats["preemptions_total"] > 20
     assert stats["kv_blocks_evicted_total"] > 200

@@ -1,4 +1,5 @@
-"""Any order of add, step, cancel and fork keeps scheduler and blocks consistent, and every request finishes."""
+"""Any order of add, step, cancel and fork keeps scheduler and blocks consistent, every request finishes, and each step
+finds in the pool what its sequences have computed, whatever was shared, copied, evicted and fetched from the host."""
 
 from hypothesis import settings
 from hypothesis import strategies as st
@@ -15,6 +16,7 @@ class SchedulerMachine(RuleBasedStateMachine):
     requests = Bundle("requests")
     num_preemptions = 0
     num_hit_tokens = 0
+    num_swapped = 0
 
     @initialize(
         num_blocks=st.integers(5, 10),
@@ -23,13 +25,17 @@ class SchedulerMachine(RuleBasedStateMachine):
         caching=st.booleans(),
         window=st.sampled_from([None, None, 3, 8]),
         patience=st.sampled_from([0, 5, 1000]),
+        host_blocks=st.sampled_from([0, 1, 3, 20]),
     )
-    def start(self, num_blocks, max_num_seqs, budget, caching, window, patience):
+    def start(self, num_blocks, max_num_seqs, budget, caching, window, patience, host_blocks):
         self.scheduler = make_scheduler(
             num_blocks, 4, max_num_seqs=max_num_seqs, max_num_batched_tokens=budget, caching=caching, window=window,
-            patience=patience,
+            patience=patience, host_blocks=host_blocks if caching else 0,
         )  # fmt: skip
         self.live = []
+        self.pool = {}
+        """What each slot of the pool holds: the sequence's tokens up to that position, and its salt."""
+        self.host = {}
 
     @rule(
         target=requests,
@@ -54,13 +60,36 @@ class SchedulerMachine(RuleBasedStateMachine):
 
     @rule()
     def step(self):
+        self._run()
+
+    def _run(self):
         output = self.scheduler.schedule()
         assert output.num_tokens <= self.scheduler.max_num_batched_tokens
         singles = [item.num_tokens == 1 for item in output.scheduled]
         assert singles == sorted(singles, reverse=True)
         written = [slot for item in output.scheduled for slot in self._slots(item)]
         assert len(written) == len(set(written)), "two tokens of one step share a slot"
+        self._compute(output)
         finish_step(self.scheduler, output)
+
+    def _compute(self, output):
+        """Copies out come before the step, copies back while it runs."""
+        size = self.scheduler.blocks.block_size
+        for block, host in output.host_copies.out:
+            self.host[host] = [self.pool[block, offset] for offset in range(size)]
+        for copy in output.block_copies:
+            for offset in range(size):
+                self.pool[copy.destination, offset] = self.pool.get((copy.source, offset))
+        for item in output.scheduled:
+            seq, end = item.seq, item.start + item.num_tokens
+            slots = [(seq.block_table[p // size], p % size) for p in range(seq.num_released * size, end)]
+            tokens = [*seq.token_ids, None][:end]
+            content = [(seq.salt, tuple(tokens[: p + 1])) for p in range(seq.num_released * size, end)]
+            first_new = item.start - seq.num_released * size
+            assert [self.pool[slot] for slot in slots[:first_new]] == content[:first_new]
+            self.pool.update(zip(slots[first_new:], content[first_new:], strict=True))
+        for host, block in output.host_copies.back:
+            self.pool.update({(block, offset): content for offset, content in enumerate(self.host[host])})
 
     @invariant()
     def consistent(self):
@@ -73,11 +102,12 @@ class SchedulerMachine(RuleBasedStateMachine):
         for _ in range(2000):
             if all(seq.status is Status.FINISHED for seq in self.live):
                 break
-            finish_step(self.scheduler, self.scheduler.schedule())
+            self._run()
         assert all(seq.status is Status.FINISHED for seq in self.live)
         type(self).num_preemptions += self.scheduler.num_preemptions
         type(self).num_hit_tokens += self.scheduler.blocks.num_hit_tokens
         blocks = self.scheduler.blocks
+        type(self).num_swapped += blocks.host_tier.num_swapped if blocks.host_tier else 0
         assert blocks.num_free == blocks.num_blocks and blocks.num_used == 0
 
     def _slots(self, item):
@@ -92,3 +122,4 @@ class TestSchedulerMachine(SchedulerMachine.TestCase):
     def tearDownClass(cls):
         assert SchedulerMachine.num_preemptions > 0, "no run preempted anything"
         assert SchedulerMachine.num_hit_tokens > 0, "no run hit the prefix cache"
+        assert SchedulerMachine.num_swapped > 0, "no run used the host tier"

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 from collections.abc import Callable
 
 import pytest
@@ -25,10 +26,20 @@ class EagerGraphs(CudaGraphs):
 
 
 class DoneEvent:
-    def record(self) -> None:
+    def record(self, stream: object = None) -> None:
         pass
 
+    def query(self) -> bool:
+        return True
+
     def synchronize(self) -> None:
+        pass
+
+
+class OnlyStream:
+    """Everything happens at once, so there is nothing to wait for."""
+
+    def wait_event(self, event: DoneEvent) -> None:
         pass
 
 
@@ -38,5 +49,9 @@ def run_gpu_path_on_cpu(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(llama, "kernels_for", lambda device: kernels)
     monkeypatch.setattr(cuda_runner, "CudaGraphs", EagerGraphs)
     monkeypatch.setattr(torch.cuda, "Event", DoneEvent)
+    monkeypatch.setattr(torch.cuda, "Stream", OnlyStream)
+    monkeypatch.setattr(torch.cuda, "current_stream", OnlyStream)
+    monkeypatch.setattr(torch.cuda, "stream", contextlib.nullcontext)
+    monkeypatch.setattr(torch.cuda, "synchronize", lambda: None)
     monkeypatch.setattr("trident_llm.engine.engine._runs_on_gpu", lambda device: True)
 

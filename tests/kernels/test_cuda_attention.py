@@ -7,6 +7,7 @@ from dataclasses import dataclass
 import pytest
 import torch
 
+from tests.fakes.layer_caches import contents, layer_cache
 from tests.fakes.paged_steps import Chunk, PagedSteps
 from tests.kernels.cuda_cases import DEVICE, DTYPES, HALF_DTYPES, PDL, assert_close, poisoned, random_tensor
 from trident_llm.kernels.decode_attention import (
@@ -15,6 +16,7 @@ from trident_llm.kernels.decode_attention import (
     choose_num_splits,
     decode_attention,
 )
+from trident_llm.kernels.layer_cache import LayerCache
 from trident_llm.kernels.prefill_attention import prefill_attention
 
 pytestmark = pytest.mark.gpu
@@ -32,16 +34,21 @@ class Case:
     window: int | None = None
     soft_cap: float | None = None
     dtype: torch.dtype = torch.float16
-    fp8: bool = False
+    cache_dtype: torch.dtype | None = None
+    v_size: float = 1.0
 
 
+EIGHT_BITS = (torch.int8, torch.float8_e4m3fn)
 CASES = [
     *(Case(dtype=dtype) for dtype in DTYPES),
     Case(heads=(8, 2), head_dim=128, window=40, soft_cap=5.0, dtype=HALF_DTYPES[-1]),
     Case(heads=(4, 4), head_dim=80, block_size=8, dtype=HALF_DTYPES[-1]),
     Case(heads=(7, 1), head_dim=96, block_size=128, dtype=HALF_DTYPES[-1]),
     Case(heads=(2, 1), head_dim=256, block_size=32, window=17, dtype=HALF_DTYPES[-1]),
-    Case(heads=(8, 2), head_dim=128, fp8=True, dtype=HALF_DTYPES[-1]),
+    *(Case(heads=(8, 2), head_dim=128, cache_dtype=stored, dtype=HALF_DTYPES[-1]) for stored in EIGHT_BITS),
+    *(Case(head_dim=80, window=40, soft_cap=5.0, cache_dtype=stored, dtype=torch.float32) for stored in EIGHT_BITS),
+    # The product of a small scale and a small probability lies below float16's normal numbers.
+    *(Case(cache_dtype=stored, v_size=1e-3) for stored in EIGHT_BITS),
 ]
 
 
@@ -65,22 +72,17 @@ class PagedCase:
         self.q = random_tensor(total, num_heads, case.head_dim, dtype=case.dtype, seed=1)
         self.scale = 1.5 * case.head_dim**-0.5
         # Every slot holds something, so that reading one slot too many shows.
-        cache = random_tensor(*shape, dtype=case.dtype)
-        self.kv_scales = None
-        values = cache.float()
-        if case.fp8:
-            self.kv_scales = random_tensor(*shape[:-1], seed=2).abs() + 0.5
-            cache = values.to(torch.float8_e4m3fn)
-            values = cache.float() * self.kv_scales[..., None]
-        self.cache = cache
-        self.expected = self._attend(case, chunks, values.view(-1, 2, num_kv_heads, case.head_dim))
+        values = random_tensor(*shape, dtype=case.dtype)
+        values[:, :, 1] *= case.v_size
+        self.cache = layer_cache(values, case.cache_dtype)
+        self.expected = self._attend(case, chunks, contents(self.cache).view(-1, 2, num_kv_heads, case.head_dim))
 
     def _attend(self, case: Case, chunks: list[Chunk], slots: torch.Tensor) -> torch.Tensor:
         group = case.heads[0] // case.heads[1]
         rows = []
         for chunk in chunks:
             ids = self.steps.slots(chunk.seq, 0, chunk.start + chunk.num_tokens)
-            k, v = slots[ids].double().repeat_interleave(group, 2).unbind(1)
+            k, v = slots[ids].repeat_interleave(group, 2).unbind(1)
             for position in range(chunk.start, chunk.start + chunk.num_tokens):
                 first = 0 if case.window is None else max(0, position - case.window + 1)
                 query = self.q[len(rows)].double()
@@ -100,8 +102,7 @@ def test_prefill(case: Case) -> None:
     prefill_attention(
         q, paged.cache, paged.metadata.block_tables, paged.metadata.cu_seqlens_q + 2, paged.metadata.context_lens,
         counts(0, len(CHUNKS)), out, max_tokens=paged.q.shape[0], max_seqs=len(CHUNKS), scale=paged.scale,
-        soft_cap=case.soft_cap, sliding_window=case.window,
-        kv_scales=paged.kv_scales, pdl=PDL,
+        soft_cap=case.soft_cap, sliding_window=case.window, pdl=PDL,
     )  # fmt: skip
     assert out[:2].isnan().all()
     assert_close(out[2:], paged.expected)
@@ -119,7 +120,7 @@ def test_decode(case: Case, num_splits: int) -> None:
     decode_attention(
         paged.q, paged.cache, paged.metadata.block_tables, paged.metadata.context_lens, paged.metadata.seq_counts, out,
         workspace, num_splits=num_splits, scale=paged.scale, soft_cap=case.soft_cap, sliding_window=case.window,
-        kv_scales=paged.kv_scales, config=DecodeConfig(32, 4, 2), pdl=PDL,
+        config=DecodeConfig(32, 4, 2), pdl=PDL,
     )  # fmt: skip
     assert_close(out, paged.expected)
     assert workspace.arrivals.eq(0).all()
@@ -186,7 +187,26 @@ def test_prefill_of_a_step_without_prompts_writes_nothing() -> None:
     assert out.isnan().all()
 
 
+@pytest.mark.parametrize("dtype", EIGHT_BITS)
+def test_scales_of_slots_that_hold_nothing_are_not_read(dtype: torch.dtype) -> None:
+    paged = PagedCase(Case(cache_dtype=dtype), MIXED)
+    own = [slot for chunk in MIXED for slot in paged.steps.slots(chunk.seq, 0, chunk.start + chunk.num_tokens)]
+    scales = torch.full_like(paged.cache.scales, float("inf"))
+    scales.view(-1, 4)[own] = paged.cache.scales.view(-1, 4)[own]
+    cache, step = LayerCache(paged.cache.values, scales), paged.metadata
+    out = poisoned(*paged.q.shape, dtype=paged.q.dtype)
+    decode_attention(
+        paged.q[:3], cache, step.block_tables[:3], step.context_lens[:3], step.seq_counts, out[:3],
+        allocate_workspace(3, 6, 3, 64, arrivals()), num_splits=3, scale=paged.scale, pdl=PDL,
+    )  # fmt: skip
+    prefill_attention(
+        paged.q, cache, step.block_tables, step.cu_seqlens_q, step.context_lens, step.seq_counts, out,
+        max_tokens=64, max_seqs=2, scale=paged.scale, pdl=PDL,
+    )  # fmt: skip
+    assert_close(out, paged.expected)
+
+
 def test_splits_fill_the_processors_but_not_beyond_the_context() -> None:
     assert choose_num_splits(64, 8, 4096, 132) == 1
-    assert choose_num_splits(1, 8, 32768, 132) > 32
+    assert choose_num_splits(1, 8, 32768, 132) == 32
     assert choose_num_splits(1, 8, 100, 132) == 1

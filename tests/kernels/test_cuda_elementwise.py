@@ -5,8 +5,10 @@ from __future__ import annotations
 import pytest
 import torch
 
+from tests.fakes.layer_caches import contents
 from tests.kernels.cuda_cases import DEVICE, DTYPES, INTERPRETED, PDL, assert_close, poisoned, random_tensor
 from trident_llm.kernels import reference
+from trident_llm.kernels.layer_cache import SCALED_LIMITS, LayerCache, check_layer_cache
 from trident_llm.kernels.rms_norm import rms_norm
 from trident_llm.kernels.rotary_store import rotary_embed_and_store_kv
 from trident_llm.kernels.silu_and_mul import silu_and_mul
@@ -77,7 +79,7 @@ def test_rotary_and_store(heads: int, kv_heads: int, head_dim: int, dtype: torch
     expected_cache[slots[kept]] = expected[kept, heads:]
 
     before = cache.clone().view(-1, 2 * kv_heads, head_dim)
-    rotary_embed_and_store_kv(qkv, cos, sin, cache, slots, pdl=PDL)
+    rotary_embed_and_store_kv(qkv, cos, sin, LayerCache(cache), slots, pdl=PDL)
     assert_close(qkv, expected)
     rows = cache.view(-1, 2 * kv_heads, head_dim)
     assert_close(rows, expected_cache)
@@ -87,32 +89,69 @@ def test_rotary_and_store(heads: int, kv_heads: int, head_dim: int, dtype: torch
 
 
 @pytest.mark.parametrize("dtype", DTYPES)
-def test_fp8_store_scales_each_head_of_each_token(dtype: torch.dtype) -> None:
-    sizes = torch.tensor([1e-3, 1.0, 50.0], dtype=dtype, device=DEVICE)
-    qkv = random_tensor(3, 8, 64, dtype=dtype) * sizes[:, None, None]
-    cos, sin = angles(3, 64, dtype)
-    cache = torch.zeros(2, 4, 2, 2, 64, dtype=torch.float8_e4m3fn, device=DEVICE)
-    scales = torch.zeros(2, 4, 2, 2, device=DEVICE)
-    slots = torch.tensor([5, 0, 2], device=DEVICE)
-    rotary_embed_and_store_kv(qkv, cos, sin, cache, slots, kv_scales=scales, pdl=PDL)
-    stored = cache.float().view(8, 4, 64)[slots] * scales.view(8, 4, 1)[slots]
-    # The interpreter cuts a value to fp8 where the GPU rounds it.
-    max_error = 0.07 if INTERPRETED else 0.03
-    for token in range(3):
-        assert_close(stored[token], qkv[token, 4:].float(), max_error)
-    largest = cache.float().abs().amax(-1).view(8, 4)[slots]
-    assert largest.eq(448).all()
+@pytest.mark.parametrize("cache_dtype", SCALED_LIMITS, ids=str)
+def test_8_bit_store_scales_each_head_of_each_token(cache_dtype: torch.dtype, dtype: torch.dtype) -> None:
+    sizes = torch.tensor([1e-3, 1.0, 50.0, 0.0], dtype=dtype, device=DEVICE)
+    qkv = random_tensor(4, 8, 64, dtype=dtype) * sizes[:, None, None]
+    cos, sin = angles(4, 64, dtype)
+    shape = (2, 4, 2, 2, 64)
+    cache = LayerCache(torch.zeros(shape, dtype=cache_dtype, device=DEVICE), torch.zeros(shape[:-1], device=DEVICE))
+    slots = torch.tensor([5, 0, 2, -1], device=DEVICE)
+    rotary_embed_and_store_kv(qkv, cos, sin, cache, slots, pdl=PDL)
+    stored = contents(cache).view(8, 4, 64)
+    steps = cache.scales.view(8, 4, 1)
+    for token, slot in enumerate(slots[:3]):
+        expected = qkv[token, 4:].double()
+        if cache_dtype == torch.int8:
+            assert ((stored[slot] - expected).abs() <= 0.5001 * steps[slot]).all()
+        else:
+            # The interpreter cuts a value to fp8 where the GPU rounds it.
+            assert_close(stored[slot], expected, 0.07 if INTERPRETED else 0.03)
+    largest = cache.values.float().abs().amax(-1).view(8, 4)
+    assert largest[slots[:3]].eq(SCALED_LIMITS[cache_dtype]).all()
+    untouched = [1, 3, 4, 6, 7]
+    assert largest[untouched].eq(0).all() and steps[untouched].eq(0).all()
 
 
-def test_reference_twin_agrees_on_float32() -> None:
+@pytest.mark.parametrize("cache_dtype", SCALED_LIMITS, ids=str)
+def test_8_bit_store_of_zeros_gives_zeros(cache_dtype: torch.dtype) -> None:
+    ones = torch.ones(1, 4, 2, 1, 64, device=DEVICE)
+    cache = LayerCache(ones.to(cache_dtype), ones[..., 0].contiguous())
+    qkv, slots = torch.zeros(4, 3, 64, device=DEVICE), torch.arange(4, device=DEVICE)
+    rotary_embed_and_store_kv(qkv, *angles(4, 64, torch.float32), cache, slots, pdl=PDL)
+    assert contents(cache).eq(0).all()
+    assert cache.scales.isfinite().all()
+
+
+@pytest.mark.parametrize("cache_dtype", [torch.float32, torch.int8])
+def test_reference_twin_agrees_on_float32(cache_dtype: torch.dtype) -> None:
     """The same in-place calls through both implementations."""
     qkv = random_tensor(4, 6, 32)
     cos, sin = angles(4, 32, torch.float32)
-    caches = [torch.zeros(2, 4, 2, 1, 32, device=DEVICE) for _ in range(2)]
+    scales = [torch.zeros(2, 4, 2, 1, device=DEVICE) if cache_dtype == torch.int8 else None for _ in range(2)]
+    caches = [LayerCache(torch.zeros(2, 4, 2, 1, 32, dtype=cache_dtype, device=DEVICE), s) for s in scales]
     slots = torch.tensor([1, 7, 2, 4], device=DEVICE)
     twin = qkv.clone()
     plan = reference.AttentionPlan(slots, None, (), (), None)
     reference.rotary_embed_and_store_kv(twin, cos, sin, caches[0], plan)
     rotary_embed_and_store_kv(qkv, cos, sin, caches[1], slots, pdl=PDL)
     assert_close(qkv, twin)
-    assert_close(caches[1], caches[0])
+    if cache_dtype == torch.int8:
+        assert_close(caches[1].scales, caches[0].scales)
+        # A quotient that both round at the very middle may fall to either side.
+        assert (caches[1].values.int() - caches[0].values.int()).abs().max() <= 1
+    assert_close(contents(caches[1]), contents(caches[0]), 1e-3 if cache_dtype == torch.int8 else 2e-6)
+
+
+def test_values_and_scales_must_fit_together() -> None:
+    values, scales = torch.zeros(2, 4, 2, 1, 32, dtype=torch.int8), torch.zeros(2, 4, 2, 1)
+    check_layer_cache(LayerCache(values, scales), 32)
+    for cache, message in [
+        (LayerCache(values), "int8 need scales"),
+        (LayerCache(values.float(), scales), "float32 take no scales"),
+        (LayerCache(values, scales[:, :, :1]), r"scales is \(2, 4, 1, 1\); expected \(2, 4, 2, 1\)"),
+        (LayerCache(values, scales.half()), "float16"),
+        (LayerCache(values.to(torch.int16), scales), "int16"),
+    ]:
+        with pytest.raises((TypeError, ValueError), match=message):
+            check_layer_cache(cache, 32)

@@ -5,6 +5,7 @@ from __future__ import annotations
 import pytest
 import torch
 
+from tests.fakes.layer_caches import layer_cache
 from tests.fakes.paged_steps import Chunk, PagedSteps
 from tests.kernels.cuda_cases import DEVICE, HALF_DTYPES, PDL, assert_close, random_tensor
 from trident_llm.kernels import reference
@@ -21,21 +22,25 @@ HEADS, KV_HEADS, HEAD_DIM = 6, 2, 64
 MIXED = [Chunk(0, 70, 1), Chunk(1, 4, 1), Chunk(2, 0, 1), Chunk(3, 0, 17), Chunk(4, 30, 33), Chunk(5, 0, 60)]
 
 
-def attend(kernels: object, chunks: list[Chunk], window: int | None, device: str) -> torch.Tensor:
+def attend(
+    kernels: object, chunks: list[Chunk], window: int | None, cache_dtype: torch.dtype, device: str
+) -> torch.Tensor:
     steps = PagedSteps(6, max_len=160, block_size=16, device=device)
     plan = kernels.plan_attention(steps.metadata(chunks), dtype=torch.float32, sliding_window=window)
-    cache = random_tensor(steps.num_blocks, 16, 2, KV_HEADS, HEAD_DIM).to(device)
+    cache = layer_cache(random_tensor(steps.num_blocks, 16, 2, KV_HEADS, HEAD_DIM).to(device), cache_dtype)
     q = random_tensor(sum(c.num_tokens for c in chunks), HEADS, HEAD_DIM, seed=1).to(device)
     return kernels.paged_attention(q, cache, plan, HEAD_DIM**-0.5)
 
 
+@pytest.mark.parametrize("cache_dtype", [torch.float32, torch.int8])
 @pytest.mark.parametrize("window", [None, 20])
 @pytest.mark.parametrize("chunks", [MIXED, MIXED[:3], MIXED[3:]], ids=["mixed", "decodes", "prompts"])
 def test_a_step_equals_the_twin(
-    kernels: TritonLanguageKernels, chunks: list[Chunk], window: int | None
+    kernels: TritonLanguageKernels, chunks: list[Chunk], window: int | None, cache_dtype: torch.dtype
 ) -> None:
     # The twin runs on the CPU: on a GPU scaled_dot_product_attention wants masks that start at multiples of 16 bytes.
-    assert_close(attend(kernels, chunks, window, DEVICE).cpu(), attend(reference, chunks, window, "cpu"))
+    expected = attend(reference, chunks, window, cache_dtype, "cpu")
+    assert_close(attend(kernels, chunks, window, cache_dtype, DEVICE).cpu(), expected)
 
 
 @pytest.mark.parametrize("num_rows", [1, 4, 5, 16, 17])

@@ -8,6 +8,7 @@ import torch
 from tests.fakes.paged_steps import Chunk, PagedSteps
 from tests.kernels.cuda_cases import assert_close, random_tensor
 from trident_llm.kernels import reference
+from trident_llm.kernels.layer_cache import LayerCache
 from trident_llm.kernels.triton_language import TritonLanguageKernels
 
 pytestmark = pytest.mark.gpu
@@ -30,8 +31,9 @@ def test_a_captured_decode_step_serves_other_contexts_and_smaller_batches() -> N
 
     def step(kernels: object, step_plan: object, rows: int, pool: torch.Tensor) -> torch.Tensor:
         qkv = source[:rows].clone()
-        kernels.rotary_embed_and_store_kv(qkv, cos[:rows], cos[:rows], pool, step_plan)
-        attended = kernels.paged_attention(qkv[:, :HEADS], pool, step_plan, HEAD_DIM**-0.5)
+        layer = LayerCache(pool)
+        kernels.rotary_embed_and_store_kv(qkv, cos[:rows], cos[:rows], layer, step_plan)
+        attended = kernels.paged_attention(qkv[:, :HEADS], layer, step_plan, HEAD_DIM**-0.5)
         return kernels.rms_norm(kernels.linear(attended, weight), norm, 1e-5)
 
     warm = cache.clone()

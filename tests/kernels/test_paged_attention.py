@@ -7,6 +7,7 @@ import random
 import pytest
 import torch
 
+from tests.fakes.layer_caches import contents, layer_cache
 from tests.fakes.paged_steps import Chunk, PagedSteps
 from trident_llm.kernels import kernels_for
 
@@ -32,15 +33,16 @@ def naive_attention(q, k, v, positions, *, scale, window=None, soft_cap=None):
 
 
 def check(
-    chunks, *, heads=(6, 2), head_dim=64, block_size=16, window=None, soft_cap=None, dtype=torch.float32, atol=2e-5
-):
+    chunks, *, heads=(6, 2), head_dim=64, block_size=16, window=None, soft_cap=None, dtype=torch.float32, atol=2e-5,
+    cache_dtype=None,
+):  # fmt: skip
     num_heads, num_kv_heads = heads
     steps = PagedSteps(6, max_len=160, block_size=block_size)
     metadata = steps.metadata(chunks)
     generator = torch.Generator().manual_seed(0)
     shape = (steps.num_blocks, block_size, 2, num_kv_heads, head_dim)
     # Every slot holds something, so that reading one slot too many shows.
-    cache = torch.randn(shape, generator=generator).to(dtype)
+    cache = layer_cache(torch.randn(shape, generator=generator).to(dtype), cache_dtype)
     total = sum(chunk.num_tokens for chunk in chunks)
     qkv = torch.randn(total, num_heads + 2 * num_kv_heads, head_dim, generator=generator).to(dtype)
     scale = 1.5 * head_dim**-0.5
@@ -48,7 +50,7 @@ def check(
     plan = KERNELS.plan_attention(metadata, dtype=dtype, sliding_window=window)
     actual = KERNELS.paged_attention(qkv[:, :num_heads], cache, plan, scale, soft_cap)
 
-    slots = cache.float().view(-1, 2, num_kv_heads, head_dim)
+    slots = contents(cache).float().view(-1, 2, num_kv_heads, head_dim)
     expected, row = [], 0
     for chunk in chunks:
         end = chunk.start + chunk.num_tokens
@@ -91,6 +93,16 @@ def test_bf16():
     check(MIXED, dtype=torch.bfloat16, atol=3e-2)
 
 
+@pytest.mark.parametrize("soft_cap", [None, 0.8])
+@pytest.mark.parametrize("window", [None, 9])
+def test_int8(window, soft_cap):
+    check(MIXED, cache_dtype=torch.int8, window=window, soft_cap=soft_cap)
+
+
+def test_int8_with_queries_in_bf16():
+    check(MIXED, cache_dtype=torch.int8, dtype=torch.bfloat16, atol=3e-2)
+
+
 @pytest.mark.parametrize("chunks", [[Chunk(0, 0, 1)], [Chunk(1, 31, 1)], [Chunk(2, 16, 1)]])
 def test_one_decode(chunks):
     check(chunks)
@@ -128,10 +140,10 @@ def test_stale_values_of_other_sequences_do_not_leak():
     steps = PagedSteps(2, max_len=32, block_size=16)
     chunks = [Chunk(0, 2, 1), Chunk(1, 20, 1)]
     plan = KERNELS.plan_attention(steps.metadata(chunks), dtype=torch.float32)
-    cache, q = torch.randn(steps.num_blocks, 16, 2, 1, 32), torch.randn(2, 2, 32)
+    cache, q = layer_cache(torch.randn(steps.num_blocks, 16, 2, 1, 32)), torch.randn(2, 2, 32)
     expected = KERNELS.paged_attention(q, cache, plan, 0.2)
     own = [slot for chunk in chunks for slot in steps.slots(chunk.seq, 0, chunk.start + 1)]
     stale = torch.ones(steps.num_blocks * 16, dtype=torch.bool)
     stale[own] = False
-    cache.view(-1, 2, 1, 32)[stale] = 1e4
+    cache.values.view(-1, 2, 1, 32)[stale] = 1e4
     torch.testing.assert_close(KERNELS.paged_attention(q, cache, plan, 0.2), expected)

@@ -5,8 +5,10 @@ from __future__ import annotations
 import pytest
 import torch
 
+from tests.fakes.layer_caches import contents
 from tests.fakes.paged_steps import Chunk, PagedSteps
 from trident_llm.kernels import kernels_for
+from trident_llm.kernels.layer_cache import LayerCache
 
 KERNELS = kernels_for(torch.device("cpu"))
 TOLERANCE = {torch.float32: 1e-5, torch.bfloat16: 2e-2}
@@ -98,7 +100,8 @@ def test_rotary_embed_and_store_kv(dtype, num_heads, num_kv_heads, head_dim):
     rotated = naive_rotate(qkv[:, : num_heads + num_kv_heads], angles)
     v = qkv[:, num_heads + num_kv_heads :].float().clone()
     plan = KERNELS.plan_attention(metadata, dtype=dtype)
-    KERNELS.rotary_embed_and_store_kv(qkv, torch.cat((cos, cos), -1), torch.cat((-sin, sin), -1), cache, plan)
+    rows = torch.cat((cos, cos), -1), torch.cat((-sin, sin), -1)
+    KERNELS.rotary_embed_and_store_kv(qkv, *rows, LayerCache(cache), plan)
 
     assert_near(qkv[:, :num_heads], rotated[:, :num_heads], dtype)
     expected = before
@@ -108,11 +111,33 @@ def test_rotary_embed_and_store_kv(dtype, num_heads, num_kv_heads, head_dim):
     assert_near(cache.view(-1, 2, num_kv_heads, head_dim), expected, dtype)
 
 
+@DTYPES
+def test_int8_store_is_within_half_a_step_of_every_value(dtype):
+    steps = PagedSteps(3, max_len=12, block_size=4)
+    metadata = steps.metadata([Chunk(0, 9, 1), Chunk(1, 3, 4, stored=False), Chunk(2, 0, 6)])
+    stored = metadata.slot_mapping >= 0
+    slots = metadata.slot_mapping[stored]
+    qkv = randn(len(stored), 10, 32, dtype=dtype) * torch.logspace(-3, 2, len(stored), dtype=dtype)[:, None, None]
+    qkv[-1] = 0
+    ones = torch.ones(steps.num_blocks, 4, 2, 3, 32)
+    cache = LayerCache(ones.to(torch.int8), ones[..., 0].contiguous())
+    angles = randn(len(stored), 1, 32, dtype=dtype, seed=1)
+    KERNELS.rotary_embed_and_store_kv(qkv, angles, angles, cache, KERNELS.plan_attention(metadata, dtype=dtype))
+
+    kept, scales = contents(cache).view(-1, 6, 32), cache.scales.view(-1, 6, 1)
+    assert ((kept[slots] - qkv[stored, 4:].double()).abs() <= 0.5001 * scales[slots]).all()
+    assert (cache.values.view(-1, 6, 32)[slots[:-1]].abs().amax(-1) == 127).all()
+    assert (kept[slots[-1]] == 0).all() and scales.isfinite().all()
+    untouched = torch.ones(len(kept), dtype=torch.bool)
+    untouched[slots] = False
+    assert (kept[untouched] == 1).all() and (scales[untouched] == 1).all()
+
+
 def test_a_step_that_stores_nothing_leaves_the_cache_alone():
     steps = PagedSteps(1, max_len=8, block_size=4)
     plan = KERNELS.plan_attention(steps.metadata([Chunk(0, 2, 3, stored=False)]), dtype=torch.float32)
     cache = randn(steps.num_blocks, 4, 2, 1, 8)
     before = cache.clone()
     rows = torch.ones(3, 1, 8)
-    KERNELS.rotary_embed_and_store_kv(randn(3, 4, 8), rows, rows, cache, plan)
+    KERNELS.rotary_embed_and_store_kv(randn(3, 4, 8), rows, rows, LayerCache(cache), plan)
     assert torch.equal(cache, before)

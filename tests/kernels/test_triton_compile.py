@@ -14,6 +14,7 @@ from triton.runtime import driver
 from tests.fakes.fake_hopper import FakeHopperDriver
 from tests.fakes.paged_steps import Chunk, PagedSteps
 from trident_llm.kernels.adjust_logits import AdjustmentTensors, adjust_logits, count_tokens
+from trident_llm.kernels.layer_cache import SCALED_LIMITS, LayerCache
 from trident_llm.kernels.sample_tokens import SamplingTensors, allocate_workspace, sample_tokens
 from trident_llm.kernels.token_logprobs import token_logprobs
 from trident_llm.kernels.triton_language import TritonLanguageKernels
@@ -33,6 +34,10 @@ def hopper(monkeypatch: pytest.MonkeyPatch) -> FakeHopperDriver:
     [
         (32, 8, 128, torch.bfloat16, torch.bfloat16, None),
         (32, 8, 128, torch.bfloat16, torch.float8_e4m3fn, None),
+        (32, 8, 128, torch.bfloat16, torch.int8, None),
+        (32, 32, 80, torch.float16, torch.float8_e4m3fn, 256),
+        (8, 4, 256, torch.bfloat16, torch.int8, 256),
+        (9, 3, 64, torch.float32, torch.int8, None),
         (9, 3, 64, torch.float32, torch.float32, None),
         (32, 32, 80, torch.float16, torch.float16, 256),
         (8, 4, 256, torch.bfloat16, torch.bfloat16, 256),
@@ -45,12 +50,12 @@ def test_attention(
     steps = PagedSteps(3, max_len=512, block_size=16)
     metadata = steps.metadata([Chunk(0, 500, 1), Chunk(1, 9, 1), Chunk(2, 0, 300)])
     plan = KERNELS.plan_attention(metadata, dtype=dtype, sliding_window=window)
-    cache = torch.empty(steps.num_blocks, 16, 2, kv_heads, head_dim, dtype=cache_dtype)
-    scales = torch.empty(cache.shape[:-1]) if cache_dtype == torch.float8_e4m3fn else None
+    values = torch.empty(steps.num_blocks, 16, 2, kv_heads, head_dim, dtype=cache_dtype)
+    cache = LayerCache(values, torch.empty(values.shape[:-1]) if cache_dtype in SCALED_LIMITS else None)
     qkv = torch.empty(302, heads + 2 * kv_heads, head_dim, dtype=dtype)
     cos = torch.empty(302, 1, head_dim, dtype=dtype)
-    KERNELS.rotary_embed_and_store_kv(qkv, cos, cos, cache, plan, scales)
-    KERNELS.paged_attention(qkv[:, :heads], cache, plan, 0.1, 30.0 if window else None, scales)
+    KERNELS.rotary_embed_and_store_kv(qkv, cos, cos, cache, plan)
+    KERNELS.paged_attention(qkv[:, :heads], cache, plan, 0.1, 30.0 if window else None)
     names = [name for name, _, _ in hopper.compiled]
     assert names == [
         "_rotary_store_kernel", "_split_attention_kernel", "_prefill_attention_kernel"
@@ -61,7 +66,7 @@ def test_matrix_instructions_of_prefill_attention_overlap(hopper: FakeHopperDriv
     """Where ptxas serializes them, every one is followed by a wait of its own."""
     steps = PagedSteps(1, max_len=256, block_size=16)
     plan = KERNELS.plan_attention(steps.metadata([Chunk(0, 0, 200)]), dtype=torch.bfloat16)
-    cache = torch.empty(steps.num_blocks, 16, 2, 8, 128, dtype=torch.bfloat16)
+    cache = LayerCache(torch.empty(steps.num_blocks, 16, 2, 8, 128, dtype=torch.bfloat16))
     KERNELS.paged_attention(torch.empty(200, 32, 128, dtype=torch.bfloat16), cache, plan, 0.1)
     cubin = tmp_path / "kernel.cubin"
     cubin.write_bytes(hopper.machine_code["_prefill_attention_kernel"])

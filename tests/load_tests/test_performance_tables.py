@@ -1,6 +1,6 @@
 """docs/performance.md says what the results files say."""
 
-from load_tests.performance_tables import DOCUMENT, latest, read_results, render, table
+from load_tests.performance_tables import DOCUMENT, kernel_table, latest, read_results, render, table
 
 LINE = {
     "benchmark": "bench_x", "device": "d", "model": "m", "variant": "bf16", "workload": "one_stream",
@@ -26,3 +26,14 @@ def test_a_row_a_workload_and_a_column_a_variant():
     assert "| one_stream | output_tok_s | 1,234 | 7.12 |" in text
     assert "| mixed | req_s | 140.0 |  |" in text
     assert table("bench_y", [LINE]) == ""
+
+
+def test_kernels_stand_beside_what_plain_ones_reach():
+    common = {
+        "benchmark": "bench_kernels", "device": "d", "kernel": "k", "shape": "64 rows", "versions": {"torch": "2"},
+        "commit": "abc", "date": "2026-11-24T05:00Z", "ceilings": {"read_gb_s": 3000.0, "bf16_tflop_s": 800.0},
+    }  # fmt: skip
+    lines = [{**common, "metric": metric, "value": value} for metric, value in (("us", 12.5), ("gb_s", 2400.0))]
+    text = kernel_table(lines)
+    assert "Reading reaches 3,000 GB/s" in text and "8,192 800 TFLOP/s" in text
+    assert "| k | 64 rows | 12.50 | 2,400 | 80% |  |  |" in text

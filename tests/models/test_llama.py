@@ -105,10 +105,10 @@ def test_tokens_that_are_not_stored_read_what_is_there(llama):
     steps = PagedSteps(1, max_len=MAX_LEN, block_size=8)
     cache = KVCache(llama.config, num_blocks=steps.num_blocks, block_size=8, dtype=torch.float32, device=CPU)
     expected = llama.decoder.forward(steps.model_input(TOKENS, [Chunk(0, 0, 70)]), cache)
-    before = [layer.clone() for layer in cache.layers]
+    before = [layer.values.clone() for layer in cache.layers]
     again = llama.decoder.forward(steps.model_input(TOKENS, [Chunk(0, 40, 30, stored=False)]), cache)
     torch.testing.assert_close(again, expected[40:])
-    assert all(torch.equal(a, b) for a, b in zip(before, cache.layers, strict=True))
+    assert all(torch.equal(old, layer.values) for old, layer in zip(before, cache.layers, strict=True))
 
 
 def load(tiny: TinyDecoder, weights: list[tuple[str, torch.Tensor]]) -> LlamaDecoder:

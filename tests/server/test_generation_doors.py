@@ -90,6 +90,18 @@ def test_iterative_door_streams_and_answers_once(iterative_server):
     assert refused.responses[0].error.code == fake_backend_utils.TritonError.INVALID_ARG
 
 
+def test_requests_behind_the_first_are_seen_soon(iterative_server, monkeypatch):
+    monkeypatch.setattr(iterative, "MIN_WAIT", 0.5)
+    monkeypatch.setattr(iterative, "MAX_WAIT", 0.5)
+    iterative_server.add(5, "<silent>", max_tokens=10, **STREAM)
+    began = time.monotonic()
+    iterative_server.execute()
+    assert time.monotonic() - began < 0.4
+    began = time.monotonic()
+    iterative_server.execute()
+    assert time.monotonic() - began > 0.4
+
+
 def test_sequence_fields_are_not_for_clients(iterative_server):
     unknown = iterative_server.add(5, "hello", starts=False)
     iterative_server.execute()

@@ -17,6 +17,7 @@ from collections.abc import Iterable
 from dataclasses import dataclass
 
 from .block_events import AllocateReason, BlockEvents, EvictReason, FreeReason
+from .host_tier import HostTier
 from .sequence import Sequence
 
 RELEASED = -1
@@ -31,13 +32,36 @@ class BlockCopy:
     destination: int
 
 
+@dataclass(frozen=True)
+class PrefixMatch:
+    """The beginning of a sequence, as far as it need not be computed."""
+
+    blocks: list[int]
+    """In the pool."""
+    num_host: int = 0
+    """So many blocks after these come back from the host tier."""
+
+    def __len__(self) -> int:
+        return len(self.blocks) + self.num_host
+
+
 class BlockManager:
-    """Allocates, shares and frees the ``num_blocks`` blocks of ``block_size`` tokens, and enters it in ``events``."""
+    """Allocates, shares and frees the ``num_blocks`` blocks of ``block_size`` tokens, and enters it in ``events``.
+
+    ``host_tier`` keeps what the prefix cache loses; None: nothing does.
+    """
 
     def __init__(
-        self, num_blocks: int, block_size: int, *, prefix_caching: bool, events: BlockEvents | None = None
+        self,
+        num_blocks: int,
+        block_size: int,
+        *,
+        prefix_caching: bool,
+        events: BlockEvents | None = None,
+        host_tier: HostTier | None = None,
     ) -> None:
         self.events = events or BlockEvents()
+        self.host_tier = host_tier
         self.num_blocks = num_blocks
         self.block_size = block_size
         self.prefix_caching = prefix_caching
@@ -64,13 +88,13 @@ class BlockManager:
     def blocks_for(self, num_tokens: int) -> int:
         return -(-num_tokens // self.block_size)
 
-    def match_prefix(self, seq: Sequence) -> list[int]:
-        """Blocks in the cache that hold the beginning of ``seq``, at most all but its last token.
+    def match_prefix(self, seq: Sequence) -> PrefixMatch:
+        """Cached blocks that hold the beginning of ``seq``, at most all but its last token.
 
         Takes no reference: pass the result to ``admit`` before anything else is allocated.
         """
         if not self.prefix_caching:
-            return []
+            return PrefixMatch([])
         full = (len(seq.token_ids) - 1) // self.block_size
         self._extend_hashes(seq, full)
         blocks = []
@@ -79,14 +103,16 @@ class BlockManager:
             if block is None:
                 break
             blocks.append(block)
-        return blocks
+        num_host = self.host_tier.count_leading(seq.block_hashes[len(blocks) : full]) if self.host_tier else 0
+        return PrefixMatch(blocks, num_host)
 
-    def must_wait(self, seq: Sequence, matched: list[int]) -> bool:
-        """Whether another sequence is computing the block after ``matched``: sharing it then beats repeating it."""
+    def must_wait(self, seq: Sequence, matched: PrefixMatch) -> bool:
+        """Whether another sequence is computing or fetching what ``seq`` needs next: to share it beats repeating it."""
         shareable = (len(seq.token_ids) - 1) // self.block_size if self.prefix_caching else 0
-        if len(matched) < shareable and seq.block_hashes[len(matched)] in self._announced:
-            seq.waits_for = seq.block_hashes[len(matched)]
-            return True
+        for index in (len(matched.blocks), len(matched)):
+            if index < shareable and seq.block_hashes[index] in self._announced:
+                seq.waits_for = seq.block_hashes[index]
+                return True
         return False
 
     def still_waits(self, seq: Sequence) -> bool:
@@ -95,28 +121,36 @@ class BlockManager:
             seq.waits_for = None
         return seq.waits_for is not None
 
-    def blocks_missing(self, matched: list[int], num_tokens: int) -> int:
+    def blocks_missing(self, matched: PrefixMatch, num_tokens: int) -> int:
         """Free blocks that ``admit`` would take for a sequence of ``num_tokens`` with this match."""
-        revived = sum(1 for block in matched if self._ref_counts[block] == 0)
-        return self.blocks_for(num_tokens) - len(matched) + revived
+        revived = sum(1 for block in matched.blocks if self._ref_counts[block] == 0)
+        return self.blocks_for(num_tokens) - len(matched.blocks) + revived
 
-    def admit(self, seq: Sequence, matched: list[int], num_tokens: int) -> None:
+    def admit(self, seq: Sequence, matched: PrefixMatch, num_tokens: int) -> None:
         """Give a sequence without blocks its matched prefix and new blocks for ``num_tokens`` tokens in all."""
-        for block in matched:
+        shared = matched.blocks
+        for block in shared:
             if self._ref_counts[block] == 0:
                 del self._free[block]
                 self.num_cached -= 1
             self._ref_counts[block] += 1
-        self.events.allocated(seq, matched, AllocateReason.PREFIX_HIT)
-        seq.num_computed, seq.num_registered = len(matched) * self.block_size, len(matched)
-        new = self._take(seq, self.blocks_for(num_tokens) - len(matched), AllocateReason.PROMPT)
-        seq.block_table = matched + new
+        self.events.allocated(seq, shared, AllocateReason.PREFIX_HIT)
+        # What comes back from the host counts as computed, but others find it only once it has been used.
+        seq.num_computed, seq.num_registered = len(matched) * self.block_size, len(shared)
+        fetched = seq.block_hashes[len(shared) : len(matched)]
+        if self.host_tier:
+            self.host_tier.pin(fetched)
+        new = self._take(seq, self.blocks_for(num_tokens) - len(shared), AllocateReason.PROMPT)
+        if self.host_tier:
+            for digest, block in zip(fetched, new, strict=False):
+                self.host_tier.fetch(digest, block)
+        seq.block_table = shared + new
         if self.prefix_caching:
             seq.num_announced = len(seq.token_ids) // self.block_size
             self._extend_hashes(seq, seq.num_announced)
-            self._announced.update(seq.block_hashes[len(matched) : seq.num_announced])
+            self._announced.update(seq.block_hashes[len(shared) : seq.num_announced])
 
-    def count_query(self, seq: Sequence, matched: list[int]) -> None:
+    def count_query(self, seq: Sequence, matched: PrefixMatch) -> None:
         """Enter one admission into the hit statistics."""
         if self.prefix_caching:
             self.num_query_tokens += len(seq.token_ids)
@@ -210,6 +244,8 @@ class BlockManager:
         assert self._announced == announced, "announced blocks disagree with the live sequences"
         assert {h: b for b, h in self._hash_of_block.items()} == self._block_of_hash
         assert self.num_cached == sum(counts[block] == 0 for block in self._hash_of_block)
+        if self.host_tier:
+            self.host_tier.check_integrity()
 
     def _retract(self, seq: Sequence, end: int) -> None:
         """The announced blocks before index ``end`` are computed, or never will be."""
@@ -236,6 +272,8 @@ class BlockManager:
             if digest is not None:
                 del self._block_of_hash[digest]
                 evicted.append(block)
+                if self.host_tier:
+                    self.host_tier.store(digest, block)
             self._ref_counts[block] = 1
             taken.append(block)
         self.num_cached -= len(evicted)

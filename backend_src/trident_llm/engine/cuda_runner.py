@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import time
 from collections.abc import Callable
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -12,6 +14,8 @@ from ..sampling.cuda_sampler import CudaSampler, DeviceSamples
 from .batch import AttentionMetadata, ModelInput
 from .cuda_graphs import CudaGraphs, StepShape, graph_shapes
 from .flat_step import FlatStep, Sample, flatten
+from .host_tier import HostCopies, TransferCosts
+from .host_transfers import HostTransfers
 from .kv_cache import KVCache
 from .model_runner import SampledToken, StepResult
 from .scheduler import SchedulerOutput
@@ -31,6 +35,7 @@ class CudaRunner:
         max_num_seqs: int,
         max_num_batched_tokens: int,
         max_model_len: int,
+        num_host_blocks: int,
         progress: Callable[[str], None],
     ) -> None:
         self.decoder = decoder
@@ -47,6 +52,27 @@ class CudaRunner:
         self._graphs = CudaGraphs(graph_shapes(max_num_seqs, max_num_batched_tokens), self._captured_forward)
         with torch.inference_mode():
             self.graph_bytes = self._graphs.capture(progress)
+        self._transfers = HostTransfers(kv_cache, num_host_blocks) if num_host_blocks else None
+        self.transfer_costs = self._measure_transfer_costs(self._transfers) if self._transfers else None
+        """What the host tier decides by; None without one."""
+
+    @torch.inference_mode()
+    def _measure_transfer_costs(self, transfers: HostTransfers) -> TransferCosts:
+        """Writes to the KV cache, so it comes before the first step."""
+        shape = self._graphs.largest_prefill
+        self._graphs.replay(shape)
+        torch.cuda.synchronize()
+        began = time.perf_counter()
+        self._graphs.replay(shape)
+        torch.cuda.synchronize()
+        token_seconds = (time.perf_counter() - began) / shape.num_tokens
+        return TransferCosts(transfers.measure_block_seconds(), token_seconds)
+
+    @torch.inference_mode()
+    def launch_host_copies(self, copies: HostCopies) -> None:
+        """To be called before each step's ``launch``, and for a step that has copies alone."""
+        if self._transfers is not None:
+            self._transfers.launch(copies)
 
     @torch.inference_mode()
     def launch(self, output: SchedulerOutput) -> StepResult:
@@ -89,7 +115,7 @@ class CudaRunner:
         """The sequence has ended."""
         self._sampler.forget(seq)
 
-    def _values(self, step: FlatStep, seq_counts: list[int]) -> dict[str, list]:
+    def _values(self, step: FlatStep, seq_counts: list[int]) -> dict[str, Any]:
         return {
             "token_ids": step.token_ids,
             "positions": step.positions,

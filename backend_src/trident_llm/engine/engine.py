@@ -5,6 +5,7 @@ Not thread-safe: one thread adds, aborts and steps, so changes take effect betwe
 
 from __future__ import annotations
 
+import logging
 import time
 from collections.abc import Callable
 from dataclasses import dataclass
@@ -17,6 +18,7 @@ from ..errors import BadRequest, Overloaded
 from ..protocol import Delta, FinishReason, SampleStart, Submit, Welcome
 from .block_events import AllocateCallback, BlockEvents, BlockTotals, EvictCallback, FreeCallback, FreeReason
 from .block_manager import BlockManager
+from .host_tier import HostTier, TransferCosts
 from .loading import LoadedModel, load_model
 from .model_runner import ModelRunner, SampledToken, StepResult
 from .scheduler import Scheduler, SchedulerOutput
@@ -24,6 +26,9 @@ from .sequence import Sequence
 
 if TYPE_CHECKING:
     from .cuda_runner import CudaRunner
+
+
+logger = logging.getLogger(__name__)
 
 
 @dataclass(frozen=True)
@@ -57,11 +62,13 @@ class EngineCore:
         self._events = BlockEvents()
         self._block_totals = BlockTotals(self._events)
         self._events.subscribe(on_allocate=on_allocate, on_free=on_free, on_evict=on_evict)
+        self.runner = _make_runner(self.model, config, progress or (lambda text: None))
         self.blocks = BlockManager(
             self.model.kv_cache.num_blocks,
             config.block_size,
             prefix_caching=config.prefix_caching,
             events=self._events,
+            host_tier=_make_host_tier(self.model, config, self.runner.transfer_costs),
         )
         self.scheduler = Scheduler(
             self.blocks,
@@ -69,7 +76,6 @@ class EngineCore:
             max_num_batched_tokens=config.max_num_batched_tokens,
             sliding_window=self.model.config.sliding_window,
         )
-        self.runner = _make_runner(self.model, config, progress or (lambda text: None))
         self._requests: dict[str, dict[int, Sequence]] = {}
         self._eos_ids = frozenset(self.model.config.eos_token_ids)
         self._arrivals = 0
@@ -77,6 +83,8 @@ class EngineCore:
         self._in_flight: _InFlight | None = None
         self._counters = {"prompt_tokens_total": 0, "output_tokens_total": 0, "requests_total": 0, "steps_total": 0}
         self._step_seconds = 0.0
+        parts = [f"{name} {num_bytes / 2**20:,.0f} MiB" for name, num_bytes in self._memory().items()]
+        logger.info("memory on %s: %s", self.model.device, ", ".join(parts).replace("_bytes", ""))
 
     def welcome(self, epoch: str) -> Welcome:
         """What doors need to know of this engine."""
@@ -128,6 +136,7 @@ class EngineCore:
         deltas = self._expired()
         output = self.scheduler.schedule()
         began = time.perf_counter()
+        self.runner.launch_host_copies(output.host_copies)
         launched = _InFlight(output, self.runner.launch(output)) if output.scheduled else None
         finished, self._in_flight = (self._in_flight, launched) if self._lookahead else (launched, None)
         if finished is not None:
@@ -136,13 +145,16 @@ class EngineCore:
             for item in finished.output.scheduled:
                 self.blocks.register(item.seq)
             self._counters["steps_total"] += 1
-        self._step_seconds += time.perf_counter() - began
+        seconds = time.perf_counter() - began
+        self._step_seconds += seconds
+        if self.blocks.host_tier:
+            self.blocks.host_tier.step_seconds = seconds
         self._events.deliver()
         return deltas
 
     def stats(self) -> dict[str, Any]:
         """Counters and gauges, by the names they have as metrics without the prefix ``trident_``."""
-        running = len(self.scheduler.running)
+        running, tier = len(self.scheduler.running), self.blocks.host_tier
         return {
             "running_requests": running,
             "waiting_requests": sum(len(sequences) for sequences in self._requests.values()) - running,
@@ -156,16 +168,25 @@ class EngineCore:
             "prefix_cache_query_tokens_total": self.blocks.num_query_tokens,
             "prefix_cache_hit_tokens_total": self.blocks.num_hit_tokens,
             "preemptions_total": self.scheduler.num_preemptions,
+            "swapped_blocks_total": tier.num_swapped if tier else 0,
+            "host_blocks_total": tier.num_blocks if tier else 0,
+            "host_blocks_used": tier.num_used if tier else 0,
             "step_seconds_total": round(self._step_seconds, 6),
             **self._counters,
-            "memory": {
-                "weights_bytes": self.model.weights_bytes,
-                "kv_cache_bytes": self.model.kv_cache.num_bytes,
-                "graph_bytes": self.runner.graph_bytes,
-            },
+            "memory": self._memory(),
             "device": str(self.model.device),
             "dtype": str(self.model.dtype).removeprefix("torch."),
             "max_model_len": self.model.max_model_len,
+        }
+
+    def _memory(self) -> dict[str, int]:
+        """Bytes by use, on the model's device and, of the host tier, beside it."""
+        return {
+            "weights_bytes": self.model.weights_bytes,
+            "step_bytes": self.model.step_bytes,
+            "kv_cache_bytes": self.model.kv_cache.num_bytes,
+            "graph_bytes": self.runner.graph_bytes,
+            "host_tier_bytes": self.model.num_host_blocks * self.model.kv_cache.block_bytes,
         }
 
     def check_integrity(self) -> None:
@@ -281,8 +302,13 @@ def _make_runner(
         max_num_seqs=config.max_num_seqs,
         max_num_batched_tokens=config.max_num_batched_tokens,
         max_model_len=model.max_model_len,
+        num_host_blocks=model.num_host_blocks,
         progress=progress,
     )
+
+
+def _make_host_tier(model: LoadedModel, config: EngineConfig, costs: TransferCosts | None) -> HostTier | None:
+    return None if costs is None else HostTier(model.num_host_blocks, config.block_size, costs)
 
 
 def _runs_on_gpu(device: torch.device) -> bool:

@@ -11,7 +11,7 @@ from pathlib import Path
 import psutil
 import torch
 
-from ..config import EngineConfig
+from ..config import KV_CACHE_DTYPES, EngineConfig
 from ..errors import BadRequest, LoadFailed, NotFound
 from ..models.config_reader import read_model_config
 from ..models.llama import LlamaDecoder
@@ -20,11 +20,15 @@ from ..models.source import ModelSource, resolve_model
 from ..models.tokenizer_files import byte_tokenizer_folder, prepare_tokenizer
 from ..models.weights import iter_dummy_weights, iter_weights
 from .kv_cache import KVCache, bytes_per_block
-from .memory import pool_budget
+from .memory import pool_budget, worst_step_bytes
 
 Progress = Callable[[str], None]
 
 _DTYPES = {"bf16": torch.bfloat16, "fp16": torch.float16, "fp32": torch.float32}
+_KV_CACHE_DTYPES = {"fp8": torch.float8_e4m3fn, "int8": torch.int8}
+"""Those that differ from the model's."""
+_FP8_CAPABILITY = (8, 9)
+"""The first with instructions that convert to and from fp8."""
 _CPU_POOL_SHARE = 0.1
 """Share of the free host memory that the KV pool takes on a CPU."""
 
@@ -41,7 +45,11 @@ class LoadedModel:
     device: torch.device
     dtype: torch.dtype
     max_model_len: int
+    num_host_blocks: int
+    """Of the host tier."""
     weights_bytes: int
+    step_bytes: int
+    """What the largest step takes besides; 0 on a CPU, where nobody keeps it back."""
 
 
 def load_model(config: EngineConfig, progress: Progress) -> LoadedModel:
@@ -53,6 +61,7 @@ def load_model(config: EngineConfig, progress: Progress) -> LoadedModel:
     source = resolve_model(config.model, config.revision, weights=not dummy, progress=progress)
     model_config = _with_sliding_window(read_model_config(source), config.sliding_window)
     dtype = choose_dtype(config.dtype, model_config.dtype, device)
+    kv_cache_dtype = choose_kv_cache_dtype(config.kv_cache_dtype, dtype, device)
     max_model_len = _context_length(config.max_model_len, model_config)
     tokenizer_folder = _tokenizer_folder(source, model_config, progress, dummy=dummy)
     decoder = LlamaDecoder(model_config, dtype=dtype, device=device, max_model_len=max_model_len)
@@ -62,7 +71,8 @@ def load_model(config: EngineConfig, progress: Progress) -> LoadedModel:
         else iter_weights(source, model_config, dtype=dtype, device=device, progress=_Percent(progress))
     )
     decoder.load_weights(weights)
-    num_blocks = _pool_blocks(config, decoder, max_model_len)
+    step_bytes = _step_bytes(config, decoder, kv_cache_dtype)
+    num_blocks = _pool_blocks(config, decoder, max_model_len, kv_cache_dtype, step_bytes)
     if num_blocks * config.block_size < max_model_len:
         if config.max_model_len:
             raise BadRequest(
@@ -70,7 +80,9 @@ def load_model(config: EngineConfig, progress: Progress) -> LoadedModel:
                 f"{config.block_size} tokens; allowed: at most {num_blocks * config.block_size}"
             )
         max_model_len = num_blocks * config.block_size
-    kv_cache = KVCache(model_config, num_blocks=num_blocks, block_size=config.block_size, dtype=dtype, device=device)
+    kv_cache = KVCache(
+        model_config, num_blocks=num_blocks, block_size=config.block_size, dtype=kv_cache_dtype, device=device
+    )
     progress(f"KV pool: {num_blocks} blocks of {config.block_size} tokens, {kv_cache.num_bytes / 2**20:.0f} MiB")
     return LoadedModel(
         name=config.model,
@@ -81,7 +93,9 @@ def load_model(config: EngineConfig, progress: Progress) -> LoadedModel:
         device=device,
         dtype=dtype,
         max_model_len=max_model_len,
+        num_host_blocks=_host_blocks(config, device, kv_cache.block_bytes),
         weights_bytes=decoder.num_bytes,
+        step_bytes=step_bytes,
     )
 
 
@@ -105,6 +119,23 @@ def choose_dtype(name: str, checkpoint: str, device: torch.device) -> torch.dtyp
     return torch.bfloat16 if torch.ops.mkldnn._is_mkldnn_bf16_supported() else torch.float32
 
 
+def choose_kv_cache_dtype(name: str, dtype: torch.dtype, device: torch.device) -> torch.dtype:
+    """The KV cache's dtype for a setting auto | bf16 | fp16 | fp8 | int8 and a model of ``dtype``."""
+    own = next(own for own, value in _DTYPES.items() if value == dtype)
+    found = {"auto": dtype, own: dtype, **_KV_CACHE_DTYPES}
+    if device.type != "cuda" or torch.cuda.get_device_capability(device) < _FP8_CAPABILITY:
+        del found["fp8"]
+    if name in found:
+        return found[name]
+    reason = (
+        f"needs a GPU of compute capability {_FP8_CAPABILITY[0]}.{_FP8_CAPABILITY[1]} or later"
+        if name == "fp8"
+        else f"is not the model's dtype ({own})"
+    )
+    allowed = ", ".join(choice for choice in KV_CACHE_DTYPES if choice in found)
+    raise BadRequest(f"kv_cache_dtype: {name} {reason}; allowed here: {allowed}")
+
+
 def _with_sliding_window(config: ModelConfig, window: int | None) -> ModelConfig:
     return config if window is None else dataclasses.replace(config, sliding_window=window or None)
 
@@ -125,16 +156,30 @@ def _tokenizer_folder(source: ModelSource, config: ModelConfig, progress: Progre
         return byte_tokenizer_folder(config.vocab_size)
 
 
-def _pool_blocks(config: EngineConfig, decoder: LlamaDecoder, max_model_len: int) -> int:
+def _step_bytes(config: EngineConfig, decoder: LlamaDecoder, kv_cache_dtype: torch.dtype) -> int:
+    if decoder.device.type != "cuda":
+        return 0
+    return worst_step_bytes(
+        decoder,
+        max_num_batched_tokens=config.max_num_batched_tokens,
+        max_num_seqs=config.max_num_seqs,
+        block_size=config.block_size,
+        kv_cache_dtype=kv_cache_dtype,
+    )
+
+
+def _pool_blocks(
+    config: EngineConfig, decoder: LlamaDecoder, max_model_len: int, kv_cache_dtype: torch.dtype, step_bytes: int
+) -> int:
     """Blocks of the pool: the setting, else what fits, and never more than all sequences at full length need."""
     if config.max_num_blocks is not None:
         return config.max_num_blocks
-    block_bytes = bytes_per_block(decoder.config, block_size=config.block_size, dtype=decoder.dtype)
+    block_bytes = bytes_per_block(decoder.config, block_size=config.block_size, dtype=kv_cache_dtype)
     if decoder.device.type == "cuda":
         budget = pool_budget(
             decoder,
+            step_bytes=step_bytes,
             gpu_memory_utilization=config.gpu_memory_utilization,
-            max_num_batched_tokens=config.max_num_batched_tokens,
             max_num_seqs=config.max_num_seqs,
             max_model_len=max_model_len,
             block_size=config.block_size,
@@ -149,6 +194,23 @@ def _pool_blocks(config: EngineConfig, decoder: LlamaDecoder, max_model_len: int
             f"{max(budget, 0)} are left; choose a smaller model, a larger gpu_memory_utilization, or set max_num_blocks"
         )
     return num_blocks
+
+
+def _host_blocks(config: EngineConfig, device: torch.device, block_bytes: int) -> int:
+    """Blocks of the host tier for the setting ``kv_host_memory``."""
+    asked, available = config.kv_host_memory, psutil.virtual_memory().available
+    if not asked:
+        return 0
+    if device.type != "cuda":
+        raise BadRequest("kv_host_memory: on a CPU the KV pool lies in host memory already; allowed: 0")
+    if not config.prefix_caching:
+        raise BadRequest("kv_host_memory: blocks are found again by the prefix cache, which is off; allowed: 0")
+    if not block_bytes <= asked <= available:
+        raise BadRequest(
+            f"kv_host_memory: {asked} is not allowed; give 0, or from {block_bytes} (a block) to {available} bytes "
+            "(free here)"
+        )
+    return asked // block_bytes
 
 
 class _Percent:

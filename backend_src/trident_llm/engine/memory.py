@@ -8,17 +8,24 @@ from ..models.llama import LlamaDecoder
 from .batch import AttentionMetadata, ModelInput
 from .kv_cache import KVCache
 
-_PENALTY_BYTES = 5
-"""Per sequence and vocabulary entry: an int32 count and a prompt flag."""
+_SAMPLER_BYTES = 9
+"""Per sequence and vocabulary entry: an int32 count, a prompt flag and a float32 logit."""
 
 
 @torch.inference_mode()
-def worst_step_bytes(decoder: LlamaDecoder, *, max_num_batched_tokens: int, max_num_seqs: int, block_size: int) -> int:
+def worst_step_bytes(
+    decoder: LlamaDecoder,
+    *,
+    max_num_batched_tokens: int,
+    max_num_seqs: int,
+    block_size: int,
+    kv_cache_dtype: torch.dtype,
+) -> int:
     """Peak bytes of a step with ``max_num_batched_tokens`` prompt tokens and logits for ``max_num_seqs`` rows."""
     device = decoder.device
     num_blocks = -(-max_num_batched_tokens // block_size)
     kv_cache = KVCache(
-        decoder.config, num_blocks=num_blocks, block_size=block_size, dtype=decoder.dtype, device=device
+        decoder.config, num_blocks=num_blocks, block_size=block_size, dtype=kv_cache_dtype, device=device
     )
     tokens = torch.arange(max_num_batched_tokens, device=device)
     attention = AttentionMetadata(
@@ -50,25 +57,19 @@ def worst_step_bytes(decoder: LlamaDecoder, *, max_num_batched_tokens: int, max_
 def pool_budget(
     decoder: LlamaDecoder,
     *,
+    step_bytes: int,
     gpu_memory_utilization: float,
-    max_num_batched_tokens: int,
     max_num_seqs: int,
     max_model_len: int,
     block_size: int,
 ) -> int:
     """Bytes left for the KV pool on the decoder's GPU.
 
-    Kept back: what is in use now, the worst step, as much again for the CUDA graphs (whose largest is smaller than that
-    step), the penalty counts and three copies of the block tables.
+    Kept back: what is in use now, the worst step (``step_bytes``), as much again for the CUDA graphs (whose largest is
+    smaller than that step), what the sampler keeps and three copies of the block tables.
     """
-    step = worst_step_bytes(
-        decoder,
-        max_num_batched_tokens=max_num_batched_tokens,
-        max_num_seqs=max_num_seqs,
-        block_size=block_size,
-    )
     torch.cuda.empty_cache()
     free, total = torch.cuda.mem_get_info(decoder.device)
-    counts = max_num_seqs * decoder.config.vocab_size * _PENALTY_BYTES
+    sampler = max_num_seqs * decoder.config.vocab_size * _SAMPLER_BYTES
     tables = 3 * 4 * max_num_seqs * -(-max_model_len // block_size)
-    return int(total * gpu_memory_utilization) - (total - free) - 2 * step - counts - tables
+    return int(total * gpu_memory_utilization) - (total - free) - 2 * step_bytes - sampler - tables

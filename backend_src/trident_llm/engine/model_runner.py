@@ -17,6 +17,7 @@ from ..protocol import TokenLogprobs
 from ..sampling.sampler import SamplingRow, sample
 from .batch import AttentionMetadata, ModelInput
 from .flat_step import FlatStep, Sample, flatten
+from .host_tier import HostCopies, TransferCosts
 from .kv_cache import KVCache
 from .scheduler import SchedulerOutput
 from .sequence import Sequence
@@ -41,6 +42,8 @@ class ModelRunner:
 
     graph_bytes = 0
     """Memory of CUDA graphs."""
+    transfer_costs: TransferCosts | None = None
+    """Of the host tier, which there is none of on a CPU."""
 
     def __init__(self, decoder: LlamaDecoder, kv_cache: KVCache, *, device: torch.device) -> None:
         self.decoder = decoder
@@ -60,6 +63,9 @@ class ModelRunner:
         self._sampled_before = {entry.seq: index for index, entry in enumerate(step.samples)}
         self._tokens_before = torch.tensor([token.token_id for token in tokens], dtype=torch.int64)
         return StepResult(lambda: tokens)
+
+    def launch_host_copies(self, copies: HostCopies) -> None:
+        """There are none without a host tier."""
 
     def forget(self, seq: Sequence) -> None:
         """The sequence has ended. Nothing is kept for it here."""
@@ -82,13 +88,13 @@ class ModelRunner:
         ]
 
     def _model_input(self, step: FlatStep) -> ModelInput:
-        token_ids = torch.tensor(step.token_ids, dtype=torch.int64)
+        token_ids = torch.from_numpy(step.token_ids)
         if step.uses_sources:
-            sources = torch.tensor(step.token_sources)
+            sources = torch.from_numpy(step.token_sources)
             token_ids = torch.where(sources < 0, token_ids, self._tokens_before[sources.clamp(min=0)])
         width = step.table_width
         attention = AttentionMetadata(
-            slot_mapping=torch.tensor(step.slots, dtype=torch.int64),
+            slot_mapping=torch.from_numpy(step.slots),
             block_tables=torch.tensor(
                 [table + [0] * (width - len(table)) for table in step.block_tables], dtype=torch.int32
             ),
@@ -103,7 +109,7 @@ class ModelRunner:
         )
         return ModelInput(
             token_ids=token_ids,
-            positions=torch.tensor(step.positions, dtype=torch.int64),
+            positions=torch.from_numpy(step.positions),
             logits_rows=torch.tensor(step.logits_rows, dtype=torch.int64),
             attention=attention,
         )

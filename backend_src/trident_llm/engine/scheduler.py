@@ -13,7 +13,8 @@ import time
 from dataclasses import dataclass
 
 from .block_events import FreeReason
-from .block_manager import BlockCopy, BlockManager
+from .block_manager import BlockCopy, BlockManager, PrefixMatch
+from .host_tier import HostCopies
 from .sequence import Sequence, Status
 
 PATIENCE = 1000
@@ -37,6 +38,8 @@ class SchedulerOutput:
 
     scheduled: tuple[ScheduledSequence, ...]
     block_copies: tuple[BlockCopy, ...]
+    host_copies: HostCopies
+    """To be launched even when no sequence is scheduled."""
     num_tokens: int
 
 
@@ -47,7 +50,8 @@ class Scheduler:
     computes at least one token in every step from then on, because ``max_num_batched_tokens >= max_num_seqs`` leaves
     one over after the decodes; so it ends within as many steps as it has tokens in the end. The next oldest follows.
     A sequence therefore ends at most ``patience`` steps, and the final tokens of itself and of all older unfinished
-    ones, after it was added; with lookahead one step more for each of those, because a token in flight is waited for.
+    ones, after it was added; with lookahead one step more for each of those, because a token in flight is waited for,
+    and with a host tier another, because blocks that come back are waited for.
     """
 
     def __init__(
@@ -120,7 +124,7 @@ class Scheduler:
         # Decodes before prompts, and each in order of service: a preemption then hits one not yet scheduled.
         for seq in sorted(self.running, key=lambda s: (s.num_tokens - s.num_computed > 1, s.order)):
             num_tokens = min(seq.num_remaining, budget)
-            if num_tokens <= 0 or seq.status is not Status.RUNNING:
+            if num_tokens <= 0 or seq.status is not Status.RUNNING or seq.fetched_at == self.num_steps:
                 continue
             if self.sliding_window is not None:
                 self.blocks.release_before(seq, seq.num_computed + 1 - self.sliding_window)
@@ -141,12 +145,15 @@ class Scheduler:
                 continue
             if not self._admit(seq, matched):
                 break
+            if seq.fetched_at == self.num_steps:
+                continue
             num_tokens = min(seq.num_tokens - seq.num_computed, budget)
             scheduled.append(self._advance(seq, num_tokens))
             budget -= num_tokens
         self.peak_running = max(self.peak_running, len(self.running))
         scheduled.sort(key=lambda item: item.num_tokens > 1)
-        return SchedulerOutput(tuple(scheduled), tuple(copies), self.max_num_batched_tokens - budget)
+        host_copies = self.blocks.host_tier.take_copies() if self.blocks.host_tier else HostCopies((), ())
+        return SchedulerOutput(tuple(scheduled), tuple(copies), host_copies, self.max_num_batched_tokens - budget)
 
     def check_integrity(self) -> None:
         """Raise AssertionError unless lists, states and blocks agree."""
@@ -222,13 +229,16 @@ class Scheduler:
         self.add(seq)
         self.num_preemptions += 1
 
-    def _admit(self, seq: Sequence, matched: list[int]) -> bool:
+    def _admit(self, seq: Sequence, matched: PrefixMatch) -> bool:
         """Reserve the whole sequence's blocks, so that computing its prompt preempts nobody."""
         # Running sequences grow: a small reserve keeps an admission from being preempted right away.
         reserve = len(self.running) // 8 if self.running else 0
         if self.blocks.blocks_missing(matched, seq.num_tokens) + reserve > self.blocks.num_free:
             return False
         self.blocks.admit(seq, matched, seq.num_tokens)
+        if matched.num_host:
+            # Its blocks are copied while this step runs without it.
+            seq.fetched_at = self.num_steps
         if not seq.started:
             self.blocks.count_query(seq, matched)
             seq.started, seq.num_cached_tokens = True, seq.num_computed

@@ -58,6 +58,8 @@ class Sequence:
     """Leading blocks of ``block_table`` that a sliding window has passed and that were given back."""
     num_announced: int = 0
     """Blocks before this index will be registered by this sequence, those from ``num_registered`` on later."""
+    fetched_at: int = 0
+    """The last step before which blocks of it were copied back from the host tier."""
     waits_for: bytes | None = None
     """Hash of the next block of its prefix, which another sequence is computing."""
     forks: list[Sequence] = field(default_factory=list)

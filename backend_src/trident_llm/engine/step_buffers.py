@@ -13,6 +13,7 @@ from typing import Any
 
 import numpy as np
 import torch
+from numpy.typing import NDArray
 from torch import Tensor
 
 _TOKEN_FIELDS = {"token_ids": "int64", "positions": "int64", "slots": "int64", "sources": "int64"}
@@ -93,11 +94,20 @@ class StepBuffers:
         self._table_arena = torch.zeros(largest.num_seqs * table_width, dtype=torch.int32, device=device)
         self.block_tables = torch.zeros(largest.num_seqs, table_width, dtype=torch.int32, device=device)
         self._turn = 0
-
-    def views(self, sizes: StepSizes) -> dict[str, Tensor]:
+        self.views = functools.lru_cache(maxsize=1024)(self._views)
         """The fields on the device. Equal sizes give equal addresses."""
+        self._host_views = functools.lru_cache(maxsize=2048)(self._views_on_host)
+
+    def _views(self, sizes: StepSizes) -> dict[str, Tensor]:
         return {
             name: self._arena[offset : offset + length * np.dtype(dtype).itemsize].view(getattr(torch, dtype))
+            for name, (dtype, offset, length) in _layout(sizes).offsets.items()
+        }
+
+    def _views_on_host(self, sizes: StepSizes, turn: int) -> dict[str, NDArray[Any]]:
+        arena = self._host[turn].numpy()
+        return {
+            name: arena[offset : offset + length * np.dtype(dtype).itemsize].view(dtype)
             for name, (dtype, offset, length) in _layout(sizes).offsets.items()
         }
 
@@ -105,15 +115,14 @@ class StepBuffers:
         """Send a step. A field with fewer values than ``sizes`` says keeps zeros behind them, except that ``slots`` is
         filled with -1 (nothing is stored), ``sources`` and ``penalty_slot`` with -1 (none), and ``cu_seqlens_q`` with
         its last value (sequences without tokens)."""
-        layout = _layout(sizes)
+        num_bytes = _layout(sizes).num_bytes
         self._turn ^= 1
-        host = self._host[self._turn].numpy()
-        for name, (dtype, offset, length) in layout.offsets.items():
+        for name, view in self._host_views(sizes, self._turn).items():
             given = values[name]
-            view = host[offset : offset + length * np.dtype(dtype).itemsize].view(dtype)
             view[: len(given)] = given
-            view[len(given) :] = given[-1] if name == "cu_seqlens_q" else _FILL.get(name, 0)
-        self._arena[: layout.num_bytes].copy_(self._host[self._turn][: layout.num_bytes], non_blocking=True)
+            if len(given) < len(view):
+                view[len(given) :] = given[-1] if name == "cu_seqlens_q" else _FILL.get(name, 0)
+        self._arena[:num_bytes].copy_(self._host[self._turn][:num_bytes], non_blocking=True)
         self._upload_tables(tables)
 
     def _upload_tables(self, tables: Sequence[Sequence[int]]) -> None:

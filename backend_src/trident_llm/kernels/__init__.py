@@ -1,7 +1,7 @@
 """The decoder's operators: one set of signatures, and the choice of implementation for a device.
 
 Knows tensors and the paged KV cache; neither models nor scheduling. Shapes: T tokens of a step, Hq query heads, Hkv
-KV heads, D head_dim; a layer's cache is [num_blocks, block_size, 2, Hkv, D], K at index 0 and V at index 1.
+KV heads, D head_dim.
 """
 
 from __future__ import annotations
@@ -12,6 +12,7 @@ import torch
 from torch import Tensor
 
 from ..engine.batch import AttentionMetadata
+from .layer_cache import LayerCache
 
 
 class Kernels(Protocol):
@@ -48,15 +49,16 @@ class Kernels(Protocol):
         dtype: of the queries. sliding_window: keys a query sees, itself included; None for all.
         """
 
-    def rotary_embed_and_store_kv(self, qkv: Tensor, cos: Tensor, sin: Tensor, kv_cache: Tensor, plan: Any) -> None:
+    def rotary_embed_and_store_kv(self, qkv: Tensor, cos: Tensor, sin: Tensor, cache: LayerCache, plan: Any) -> None:
         """Rotate the q and k heads of qkv [T, Hq + 2 * Hkv, D] in place and write k and v to the cache.
 
         cos, sin: [T, 1, D], already gathered by position (once a step, for all layers), with the first half of sin
         negated: rotated[d] = x[d] * cos[d] + x[(d + D/2) % D] * sin[d]. A token whose slot is -1 is not written.
+        With 8 bits each head of a token gets a scale for k and one for v, by which its largest value becomes the limit.
         """
 
     def paged_attention(
-        self, q: Tensor, kv_cache: Tensor, plan: Any, scale: float, soft_cap: float | None = None
+        self, q: Tensor, cache: LayerCache, plan: Any, scale: float, soft_cap: float | None = None
     ) -> Tensor:
         """Causal attention of q [T, Hq, D] over each sequence's blocks -> [T, Hq * D]; softmax in float32.
 

@@ -13,6 +13,8 @@ import triton
 import triton.language as tl
 
 _LOG2_E = math.log2(math.e)
+_V_SCALE_UNIT: tl.constexpr = tl.constexpr(4096.0)
+"""Scales of V are small, and probabilities smaller: float16 would lose their product, but holds it in this unit."""
 
 
 @dataclass(frozen=True)
@@ -39,7 +41,7 @@ def dot_precision(dtype: torch.dtype) -> str:
 
 @triton.jit
 def _attend_tile(
-    acc,  # [ROWS, PADDED_DIM] float32: unnormalised output
+    acc,  # [ROWS, PADDED_DIM] float32: unnormalised output, in a unit of its own if SCALED
     row_max,  # [ROWS] float32, finite from the start so that a fully masked tile gives exp2(-inf) = 0
     row_sum,  # [ROWS] float32
     q,  # [ROWS, PADDED_DIM]
@@ -111,7 +113,12 @@ def _attend_tile(
     decay = tl.exp2(row_max - new_max)
     row_sum = row_sum * decay + tl.sum(probs, 1)
     if SCALED:
-        probs *= tl.load(kv_scales + rows + NUM_KV_HEADS)[None, :]
+        # Scales outside the cache are not trusted either: see V above.
+        if MASKED:
+            v_scales = tl.load(kv_scales + rows + NUM_KV_HEADS, mask=cached, other=0.0)
+        else:
+            v_scales = tl.load(kv_scales + rows + NUM_KV_HEADS)
+        probs *= (v_scales * _V_SCALE_UNIT)[None, :]
     acc = tl.dot(probs.to(q.dtype), v.to(q.dtype), acc * decay[:, None], input_precision=PRECISION)
     return acc, new_max, row_sum
 
@@ -155,3 +162,12 @@ def attend_keys(
                 MASKED, HAS_LOWER, HAS_CAP, SCALED, PRECISION,
             )  # fmt: skip
     return acc, row_max, row_sum
+
+
+@triton.jit
+def attended(acc, row_sum, SCALED: tl.constexpr):
+    """The output of finished accumulators; zeros for a row that has seen no key."""
+    total = tl.where(row_sum > 0, row_sum, 1.0)
+    if SCALED:
+        total *= _V_SCALE_UNIT
+    return acc / total[:, None]

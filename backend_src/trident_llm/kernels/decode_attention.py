@@ -14,14 +14,17 @@ import triton.language as tl
 from torch import Tensor
 from triton.language.extra.cuda import gdc_launch_dependents, gdc_wait
 
-from .attention_tile import attend_keys, dot_precision, score_scale
-from .checks import FLOAT_DTYPES, check_dtype, check_kv_cache, check_last_contiguous, check_shape
+from .attention_tile import attend_keys, attended, dot_precision, score_scale
+from .checks import FLOAT_DTYPES, check_dtype, check_last_contiguous, check_shape
+from .layer_cache import LayerCache, check_layer_cache
 
 _PROGRAMS_PER_PROCESSOR = 5
 """Programs whose registers and shared memory one multiprocessor of Hopper holds at once."""
 _MIN_SPLIT_KEYS = 128
 """Fewer keys than this are not worth a program of their own."""
-_MAX_SPLITS = 64
+_MAX_SPLITS = 32
+_MANY_SPLITS = 16
+"""From so many on a split is short: small programs then start and end sooner."""
 _COMBINED_SPLITS: tl.constexpr = tl.constexpr(16)
 """Parts of a head that are read at once when they are combined."""
 
@@ -183,7 +186,7 @@ def _split_attention_kernel(
             score_factor, score_cap, NUM_KV_HEADS, HEAD_DIM, PADDED_DIM, BLOCK_SIZE, TILE_KEYS,
             True, False, HAS_CAP, SCALED, PRECISION,
         )  # fmt: skip
-        result = acc / tl.where(row_sum > 0, row_sum, 1.0)[:, None]
+        result = attended(acc, row_sum, SCALED)
         if NUM_SPLITS == 1:
             target = out + seq * stride_out_token + (head * HEAD_DIM)[:, None] + dims[None, :]
             tl.store(target, result.to(out.dtype.element_ty), mask=inside)
@@ -212,7 +215,7 @@ def _split_attention_kernel(
 
 def decode_attention(
     q: Tensor,
-    kv_cache: Tensor,
+    cache: LayerCache,
     block_tables: Tensor,
     context_lens: Tensor,
     seq_counts: Tensor,
@@ -223,21 +226,20 @@ def decode_attention(
     scale: float,
     soft_cap: float | None = None,
     sliding_window: int | None = None,
-    kv_scales: Tensor | None = None,
     config: DecodeConfig | None = None,
     pdl: bool = False,
 ) -> None:
     """Attention of q [S, Hq, D], the last token of each sequence, into out [S, Hq, D].
 
-    kv_cache [num_blocks, block_size, 2, Hkv, D] of q's dtype, or float8 e4m3 with kv_scales [num_blocks, block_size,
-    2, Hkv] float32. block_tables [S, max_blocks] int32, context_lens [S] int32; a row with context 0 gives zeros.
+    cache: of q's dtype, or 8 bits with scales. block_tables [S, max_blocks] int32, context_lens [S] int32; a row with
+    context 0 gives zeros.
     seq_counts [2] int32: rows of q and out from seq_counts[0] on belong to other sequences and are left alone.
     workspace: from ``allocate_workspace`` for the same num_splits.
     """
     num_seqs, num_heads = q.shape[:2]
-    block_size, _, num_kv_heads, head_dim = kv_cache.shape[1:]
     check_dtype("q", q, FLOAT_DTYPES)
-    check_kv_cache(kv_cache, kv_scales)
+    check_layer_cache(cache, q.shape[-1])
+    block_size, _, num_kv_heads, head_dim = cache.values.shape[1:]
     check_last_contiguous("q", q, 2)
     check_shape("block_tables", block_tables, (num_seqs, -1))
     check_dtype("seq_counts", seq_counts, (torch.int32,))
@@ -251,13 +253,13 @@ def decode_attention(
     group = num_heads // num_kv_heads
     padded_dim = triton.next_power_of_2(head_dim)
     _split_attention_kernel[(num_kv_heads, num_seqs, num_splits)](
-        q, kv_cache, kv_scales, block_tables, context_lens, seq_counts, out, workspace.partials, workspace.log_sums,
-        workspace.arrivals, constants.factor, constants.cap, sliding_window or 0,
+        q, cache.values, cache.scales, block_tables, context_lens, seq_counts, out, workspace.partials,
+        workspace.log_sums, workspace.arrivals, constants.factor, constants.cap, sliding_window or 0,
         q.stride(0), block_tables.stride(0), out.stride(0),
         NUM_KV_HEADS=num_kv_heads, GROUP=group, PADDED_GROUP=max(16, triton.next_power_of_2(group)),
         HEAD_DIM=head_dim, PADDED_DIM=padded_dim, BLOCK_SIZE=block_size, TILE_KEYS=config.tile_keys,
         NUM_SPLITS=num_splits, HAS_WINDOW=sliding_window is not None, HAS_CAP=soft_cap is not None,
-        SCALED=kv_scales is not None, PRECISION=dot_precision(q.dtype), PDL=pdl,
+        SCALED=cache.scales is not None, PRECISION=dot_precision(q.dtype), PDL=pdl,
         num_warps=config.num_warps, num_stages=config.num_stages,
         **({"launch_pdl": True} if pdl else {}),
     )  # fmt: skip
@@ -270,4 +272,4 @@ def default_config(dtype: torch.dtype, head_dim: int, num_splits: int) -> Decode
         return DecodeConfig(16 if head_dim > 64 else 32, 4, 2)
     if head_dim > 128:
         return DecodeConfig(32, 4, 2)
-    return DecodeConfig(64, 4, 2) if num_splits == 1 else DecodeConfig(128, 4, 2)
+    return DecodeConfig(32, 2, 3) if num_splits >= _MANY_SPLITS else DecodeConfig(64, 4, 2)

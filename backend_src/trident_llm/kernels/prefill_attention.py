@@ -14,8 +14,9 @@ import triton.language as tl
 from torch import Tensor
 from triton.language.extra.cuda import gdc_launch_dependents, gdc_wait
 
-from .attention_tile import attend_keys, dot_precision, score_scale
-from .checks import FLOAT_DTYPES, check_dtype, check_kv_cache, check_last_contiguous, check_shape
+from .attention_tile import attend_keys, attended, dot_precision, score_scale
+from .checks import FLOAT_DTYPES, check_dtype, check_last_contiguous, check_shape
+from .layer_cache import LayerCache, check_layer_cache
 
 
 @dataclass(frozen=True)
@@ -150,7 +151,7 @@ def _prefill_attention_kernel(
             True, HAS_WINDOW, HAS_CAP, SCALED, PRECISION,
         )  # fmt: skip
 
-        result = acc / tl.where(row_sum > 0, row_sum, 1.0)[:, None]
+        result = attended(acc, row_sum, SCALED)
         tl.store(
             out + (token_row * stride_out_token + head * HEAD_DIM)[:, None] + dims[None, :],
             result.to(out.dtype.element_ty),
@@ -160,7 +161,7 @@ def _prefill_attention_kernel(
 
 def prefill_attention(
     q: Tensor,
-    kv_cache: Tensor,
+    cache: LayerCache,
     block_tables: Tensor,
     cu_seqlens_q: Tensor,
     context_lens: Tensor,
@@ -172,19 +173,18 @@ def prefill_attention(
     scale: float,
     soft_cap: float | None = None,
     sliding_window: int | None = None,
-    kv_scales: Tensor | None = None,
     config: PrefillConfig | None = None,
     pdl: bool = False,
 ) -> None:
     """Causal attention of the rows of sequences seq_counts[0] .. seq_counts[1] - 1 of q [T, Hq, D] into those of out.
 
-    kv_cache [num_blocks, block_size, 2, Hkv, D] of q's dtype, or float8 e4m3 with kv_scales [num_blocks, block_size,
-    2, Hkv] float32. block_tables [S, max_blocks] int32, cu_seqlens_q [S + 1] int32, context_lens [S] int32, seq_counts
-    [2] int32. max_tokens, max_seqs: bounds of those sequences' tokens and number; they fix the grid.
+    cache: of q's dtype, or 8 bits with scales. block_tables [S, max_blocks] int32, cu_seqlens_q [S + 1] int32,
+    context_lens [S] int32, seq_counts [2] int32. max_tokens, max_seqs: bounds of those sequences' tokens and number;
+    they fix the grid.
     """
-    block_size, _, num_kv_heads, head_dim = kv_cache.shape[1:]
     check_dtype("q", q, FLOAT_DTYPES)
-    check_kv_cache(kv_cache, kv_scales)
+    check_layer_cache(cache, q.shape[-1])
+    block_size, _, num_kv_heads, head_dim = cache.values.shape[1:]
     check_last_contiguous("q", q, 2)
     check_shape("out", out, tuple(q.shape))
     check_dtype("seq_counts", seq_counts, (torch.int32,))
@@ -195,12 +195,12 @@ def prefill_attention(
     # Sequence i needs ceil(n_i / tile) tiles and is given floor(end_i / tile) - floor(start_i / tile) + 1, never fewer.
     num_tiles = max_tokens // (config.tile_rows // group) + max_seqs
     _prefill_attention_kernel[(num_kv_heads, num_tiles)](
-        q, kv_cache, kv_scales, block_tables, cu_seqlens_q, context_lens, seq_counts, out,
+        q, cache.values, cache.scales, block_tables, cu_seqlens_q, context_lens, seq_counts, out,
         constants.factor, constants.cap, sliding_window or 0,
         q.stride(0), block_tables.stride(0), out.stride(0),
         NUM_KV_HEADS=num_kv_heads, GROUP=group, HEAD_DIM=head_dim, PADDED_DIM=triton.next_power_of_2(head_dim),
         BLOCK_SIZE=block_size, TILE_ROWS=config.tile_rows, TILE_KEYS=config.tile_keys,
-        HAS_WINDOW=sliding_window is not None, HAS_CAP=soft_cap is not None, SCALED=kv_scales is not None,
+        HAS_WINDOW=sliding_window is not None, HAS_CAP=soft_cap is not None, SCALED=cache.scales is not None,
         PRECISION=dot_precision(q.dtype), PDL=pdl,
         num_warps=config.num_warps, num_stages=config.num_stages, **({"launch_pdl": True} if pdl else {}),
     )  # fmt: skip

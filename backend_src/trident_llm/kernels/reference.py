@@ -11,6 +11,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
+from .layer_cache import SCALED_LIMITS, LayerCache
 from .reference_attention import AttentionPlan, paged_attention, plan_attention
 
 __all__ = [
@@ -73,8 +74,8 @@ def linear_add_rms_norm(
     return fused_add_rms_norm(linear(x, weight, bias), residual, norm_weight, eps)
 
 
-def rotary_embed_and_store_kv(qkv: Tensor, cos: Tensor, sin: Tensor, kv_cache: Tensor, plan: AttentionPlan) -> None:
-    head_dim, kv_rows = qkv.shape[-1], 2 * kv_cache.shape[3]
+def rotary_embed_and_store_kv(qkv: Tensor, cos: Tensor, sin: Tensor, cache: LayerCache, plan: AttentionPlan) -> None:
+    head_dim, kv_rows = qkv.shape[-1], 2 * cache.values.shape[3]
     first_kv = qkv.shape[1] - kv_rows
     heads = qkv[:, : first_kv + kv_rows // 2]
     swapped = heads.roll(head_dim // 2, -1)
@@ -82,4 +83,10 @@ def rotary_embed_and_store_kv(qkv: Tensor, cos: Tensor, sin: Tensor, kv_cache: T
     kv = qkv[:, first_kv:]
     if plan.stored_rows is not None:
         kv = kv.index_select(0, plan.stored_rows)
-    kv_cache.view(-1, kv_rows, head_dim).index_copy_(0, plan.slots, kv)
+    if cache.scales is not None:
+        assert cache.values.dtype == torch.int8
+        scales = kv.abs().amax(-1).float().clamp_min_(1e-12).div_(SCALED_LIMITS[torch.int8])
+        # No quotient can round to more than the limit: the largest value of a head made its scale.
+        kv = kv.float().div(scales.unsqueeze(-1)).round_().to(torch.int8)
+        cache.scales.view(-1, kv_rows).index_copy_(0, plan.slots, scales)
+    cache.values.view(-1, kv_rows, head_dim).index_copy_(0, plan.slots, kv)

@@ -1,6 +1,6 @@
 """Rotary position embedding of q and k, and the store of k and v into the paged cache, in one pass over qkv.
 
-Su et al. 2021 (RoFormer), in the half-split form. An fp8 cache gets one scale per token, head, and K or V.
+Su et al. 2021 (RoFormer), in the half-split form. An 8-bit cache gets one scale per token, head, and K or V.
 """
 
 from __future__ import annotations
@@ -10,9 +10,19 @@ import triton.language as tl
 from torch import Tensor
 from triton.language.extra.cuda import gdc_launch_dependents, gdc_wait
 
-from .checks import FLOAT_DTYPES, FP8_MAX, check_dtype, check_kv_cache, check_last_contiguous, check_shape
+from .checks import FLOAT_DTYPES, check_dtype, check_last_contiguous, check_shape
+from .layer_cache import SCALED_LIMITS, LayerCache, check_layer_cache
 
 _HEADS_PER_PROGRAM = 8
+
+
+@triton.jit
+def _quantize(x, scale, LIMIT: tl.constexpr, TO_INTEGERS: tl.constexpr):
+    """x / scale, kept within LIMIT, and rounded here where the conversion to the cache's dtype would cut."""
+    quotient = tl.clamp(x.to(tl.float32) / scale, -LIMIT, LIMIT)
+    if TO_INTEGERS:
+        quotient = tl.floor(quotient + 0.5)
+    return quotient
 
 
 @triton.jit
@@ -30,7 +40,7 @@ def _rotary_store_kernel(
     HEAD_DIM: tl.constexpr,
     PADDED_HALF: tl.constexpr,
     HEADS: tl.constexpr,
-    FP8_LIMIT: tl.constexpr,
+    LIMIT: tl.constexpr,
     SCALED: tl.constexpr,
     PDL: tl.constexpr,
 ):
@@ -68,10 +78,10 @@ def _rotary_store_kernel(
         stored = inside & (head >= NUM_HEADS)
         if SCALED:
             largest = tl.maximum(tl.max(tl.abs(low.to(tl.float32)), 1), tl.max(tl.abs(high.to(tl.float32)), 1))
-            scale = tl.maximum(largest, 1e-12)[:, None] / FP8_LIMIT
+            scale = tl.maximum(largest, 1e-12)[:, None] / LIMIT
             tl.store(kv_scales + row, scale, mask=(head >= NUM_HEADS) & (head < NUM_HEADS + 2 * NUM_KV_HEADS))
-            kept_low = tl.clamp(low.to(tl.float32) / scale, -FP8_LIMIT, FP8_LIMIT)
-            kept_high = tl.clamp(high.to(tl.float32) / scale, -FP8_LIMIT, FP8_LIMIT)
+            kept_low = _quantize(low, scale, LIMIT, kv_cache.dtype.element_ty.is_int())
+            kept_high = _quantize(high, scale, LIMIT, kv_cache.dtype.element_ty.is_int())
         else:
             kept_low = low
             kept_high = high
@@ -84,22 +94,19 @@ def rotary_embed_and_store_kv(
     qkv: Tensor,
     cos: Tensor,
     sin: Tensor,
-    kv_cache: Tensor,
+    cache: LayerCache,
     slots: Tensor,
     *,
-    kv_scales: Tensor | None = None,
     pdl: bool = False,
 ) -> None:
     """Rotate the q and k heads of qkv [T, Hq + 2 * Hkv, D] in place; write k and v to slots [T] int64 of the cache.
 
     cos, sin: [T, 1, D] or [T, D], gathered by position, the first half of sin negated. A slot of -1 is not written.
-    kv_cache [num_blocks, block_size, 2, Hkv, D]; kv_scales [num_blocks, block_size, 2, Hkv] float32 for float8 e4m3.
     """
     num_tokens, num_rows, head_dim = qkv.shape
-    num_kv_heads = kv_cache.shape[3]
     check_dtype("qkv", qkv, FLOAT_DTYPES)
-    check_kv_cache(kv_cache, kv_scales)
-    check_shape("kv_cache", kv_cache, (-1, -1, 2, -1, head_dim))
+    check_layer_cache(cache, head_dim)
+    num_kv_heads = cache.values.shape[3]
     check_last_contiguous("qkv", qkv, 2)
     check_last_contiguous("cos", cos)
     check_shape("slots", slots, (num_tokens,))
@@ -109,9 +116,9 @@ def rotary_embed_and_store_kv(
         return
     # One axis: the others of a grid end at 65,535.
     _rotary_store_kernel[(triton.cdiv(num_rows, _HEADS_PER_PROGRAM) * num_tokens,)](
-        qkv, cos, sin, kv_cache, kv_scales, slots, qkv.stride(0), cos.stride(0),
+        qkv, cos, sin, cache.values, cache.scales, slots, qkv.stride(0), cos.stride(0),
         NUM_HEADS=num_rows - 2 * num_kv_heads, NUM_KV_HEADS=num_kv_heads, HEAD_DIM=head_dim,
-        PADDED_HALF=triton.next_power_of_2(head_dim // 2), HEADS=_HEADS_PER_PROGRAM, FP8_LIMIT=FP8_MAX,
-        SCALED=kv_scales is not None, PDL=pdl, num_warps=4 if num_tokens < 64 else 2,
-        **({"launch_pdl": True} if pdl else {}),
+        PADDED_HALF=triton.next_power_of_2(head_dim // 2), HEADS=_HEADS_PER_PROGRAM,
+        LIMIT=SCALED_LIMITS.get(cache.values.dtype, 0.0), SCALED=cache.scales is not None, PDL=pdl,
+        num_warps=4 if num_tokens < 64 else 2, **({"launch_pdl": True} if pdl else {}),
     )  # fmt: skip

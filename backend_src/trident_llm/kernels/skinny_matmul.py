@@ -43,11 +43,11 @@ def default_config(
     """The fastest of those timed on an H100 for the shapes of Mistral-7B, within its shared memory."""
     if silu_and_mul:
         return SkinnyConfig(64, 128, 4, 3, 0) if num_rows <= 64 else SkinnyConfig(64, 64, 8, 5, 0)
+    if may_split:
+        return SkinnyConfig(64, 128, 4, 4, 512, 4 if num_rows <= 32 else 2)
     if num_rows > 64:
-        return SkinnyConfig(64, 128, 4, 4, 512, 2 if may_split else 1)
+        return SkinnyConfig(64, 128, 4, 4, 512)
     if num_outputs < _MANY_OUTPUTS:
-        if may_split:
-            return SkinnyConfig(64, 128, 4, 4, 512, 4 if num_rows <= 32 else 2)
         return SkinnyConfig(64, 128, 4, 5, 512)
     return SkinnyConfig(64, 128, 4, 6, 0) if num_rows <= 32 else SkinnyConfig(128, 64, 8, 5, 0)
 

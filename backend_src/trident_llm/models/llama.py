@@ -16,6 +16,7 @@ from torch import Tensor
 from ..engine.batch import ModelInput
 from ..engine.kv_cache import KVCache
 from ..kernels import kernels_for
+from ..kernels.layer_cache import LayerCache
 from .layers import Linear, WeightTarget, load_targets
 from .model_config import ModelConfig
 from .rotary import RotaryEmbedding, RotaryRows
@@ -102,7 +103,7 @@ class LlamaDecoder:
             x = layer.down.add_rms_norm(layer.gate_up.silu_and_mul(x), residual, next_norm, eps)
         return x
 
-    def _attention(self, layer: DecoderLayer, x: Tensor, layer_cache: Tensor, step: _Step) -> Tensor:
+    def _attention(self, layer: DecoderLayer, x: Tensor, layer_cache: LayerCache, step: _Step) -> Tensor:
         """x [T, hidden] -> attention's output before its projection, [T, Hq * D]."""
         config, kernels = self.config, self._kernels
         num_heads, num_kv_heads = config.num_attention_heads, config.num_key_value_heads

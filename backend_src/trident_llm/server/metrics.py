@@ -23,6 +23,8 @@ GAUGES = {
     "kv_blocks_total": "Blocks of the KV cache",
     "kv_blocks_used": "Blocks that sequences hold",
     "kv_blocks_cached": "Free blocks whose content the prefix cache can use again",
+    "host_blocks_total": "Blocks of the host tier",
+    "host_blocks_used": "Blocks of the host tier that hold a copy",
     "engine_ready": "1 while the engine process answers, else 0",
 }
 COUNTERS = {
@@ -32,6 +34,7 @@ COUNTERS = {
     "prefix_cache_query_tokens_total": "Prompt tokens looked up in the prefix cache",
     "prefix_cache_hit_tokens_total": "Prompt tokens found in the prefix cache",
     "preemptions_total": "Sequences that gave up their blocks for others",
+    "swapped_blocks_total": "Blocks copied to the host tier or back",
     "prompt_tokens_total": "Prompt tokens of requests that began to generate",
     "output_tokens_total": "Tokens generated",
     "engine_restarts_total": "Times the engine process ended unasked",

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import gc
 import json
 import logging
 import os
@@ -52,6 +53,9 @@ class _Door:
         except TridentError as error:
             raise pb_utils.TritonModelException(str(error)) from None
         self._metrics = MetricsPublisher(self._client, engine_name)
+        # As the engine's process does: a collection that walks all modules' objects would hold up every stream.
+        gc.collect()
+        gc.freeze()
 
     def launch(self, model_config: dict[str, Any], parameters: dict[str, str]) -> Launch:
         """How to start the engine that this model owns. Raises ``BadRequest`` naming a wrong setting."""

@@ -63,7 +63,8 @@ class Tokenizer:
         Raises ``BadRequest`` when the text has no UTF-8 form.
         """
         try:
-            return self._tokenizer.encode(text, add_special_tokens=add_special_tokens).ids
+            # A batch of one: unlike ``encode`` it lets other threads run meanwhile, and computes no offsets.
+            return self._tokenizer.encode_batch_fast([text], add_special_tokens=add_special_tokens)[0].ids
         except (UnicodeEncodeError, TypeError):
             raise BadRequest("text_input: has no UTF-8 form (an unpaired surrogate); send UTF-8 text") from None
 

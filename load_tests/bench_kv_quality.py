@@ -1,0 +1,143 @@
+"""What 8 bits of K and V cost in quality: perplexity of a fixed text; results to load_tests/results/kv_quality.jsonl.
+
+    python load_tests/bench_kv_quality.py [--set dtype=fp32] [--dtypes auto,int8,fp8]
+
+The text is Python's language reference as Python carries it (``pydoc_data.topics``, in alphabetical order), cut into
+sequences. Each is computed in chunks, so that all but the first read the keys before them from the cache alone.
+
+perplexity         of every token but a sequence's first
+loss_percent       how much larger the perplexity is than with kv_cache_dtype=auto
+same_top_percent   positions whose most likely token is that of kv_cache_dtype=auto
+"""
+
+from __future__ import annotations
+
+import argparse
+import math
+import pydoc_data.topics
+from collections.abc import Iterator
+from dataclasses import dataclass
+from pathlib import Path
+
+import torch
+from results_file import RESULTS, ResultsFile
+from torch import Tensor
+
+from trident_llm import EngineConfig
+from trident_llm.engine.batch import AttentionMetadata, ModelInput
+from trident_llm.engine.kv_cache import KVCache
+from trident_llm.engine.loading import LoadedModel, choose_kv_cache_dtype, load_model
+from trident_llm.launch.repository import default_model
+from trident_llm.text import Tokenizer
+
+_CHUNK = 128
+
+
+@dataclass(frozen=True)
+class Quality:
+    """Over all positions that have a next token."""
+
+    logprobs: Tensor
+    """[N] float32 of the tokens that really follow."""
+    top_ids: Tensor
+    """[N] int64: the most likely tokens."""
+
+    @property
+    def perplexity(self) -> float:
+        return math.exp(-self.logprobs.double().mean().item())
+
+
+class TeacherForced:
+    """Runs given tokens through the decoder, on a cache with room for one sequence of ``length`` tokens."""
+
+    def __init__(self, model: LoadedModel, kv_cache_dtype: str, length: int) -> None:
+        self._decoder = model.decoder
+        self._device = model.device
+        block_size = model.kv_cache.block_size
+        self._cache = KVCache(
+            model.config,
+            num_blocks=-(-length // block_size),
+            block_size=block_size,
+            dtype=choose_kv_cache_dtype(kv_cache_dtype, model.dtype, model.device),
+            device=model.device,
+        )
+
+    def quality(self, sequences: list[list[int]]) -> Quality:
+        parts = [part for tokens in sequences for part in self._chunks(tokens)]
+        return Quality(torch.cat([part.logprobs for part in parts]), torch.cat([part.top_ids for part in parts]))
+
+    def _chunks(self, tokens: list[int]) -> Iterator[Quality]:
+        for start in range(0, len(tokens) - 1, _CHUNK):
+            end = min(start + _CHUNK, len(tokens) - 1)
+            logits = self._decoder.forward(self._model_input(tokens, start, end), self._cache)
+            following = self._tensor(tokens[start + 1 : end + 1], torch.int64)
+            logprobs = torch.log_softmax(logits, -1).gather(1, following[:, None])
+            yield Quality(logprobs.flatten().cpu(), logits.argmax(-1).cpu())
+
+    def _model_input(self, tokens: list[int], start: int, end: int) -> ModelInput:
+        """Positions ``start`` to ``end`` of a sequence whose blocks follow each other."""
+        size, count = self._cache.block_size, end - start
+        positions = torch.arange(start, end, device=self._device)
+        num_decodes = int(count == 1)
+        attention = AttentionMetadata(
+            slot_mapping=positions,
+            block_tables=torch.arange(-(-end // size), dtype=torch.int32, device=self._device)[None],
+            cu_seqlens_q=self._tensor([0, count], torch.int32),
+            context_lens=self._tensor([end], torch.int32),
+            seq_lens_q=(count,),
+            context_lens_host=(end,),
+            seq_counts=self._tensor([num_decodes, 1], torch.int32),
+            num_decodes=num_decodes,
+            num_prefills=1 - num_decodes,
+            block_size=size,
+        )
+        return ModelInput(self._tensor(tokens[start:end], torch.int64), positions, positions - start, attention)
+
+    def _tensor(self, values: list[int], dtype: torch.dtype) -> Tensor:
+        return torch.tensor(values, dtype=dtype, device=self._device)
+
+
+def text_sequences(tokenizer: Tokenizer, count: int, length: int) -> list[list[int]]:
+    """``count`` sequences of ``length`` tokens. Raises ValueError when the text is shorter."""
+    topics = pydoc_data.topics.topics
+    tokens = tokenizer.encode("\n\n".join(topics[name] for name in sorted(topics)))
+    if len(tokens) < count * length:
+        raise ValueError(f"the text has {len(tokens)} tokens; {count} sequences of {length} are asked for")
+    return [tokens[i * length : (i + 1) * length] for i in range(count)]
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--model", default=None, help="default: the bundled SmolLM2-135M")
+    parser.add_argument("--name", default="smollm2-135m", help="the model's name in the results")
+    parser.add_argument("--set", action="append", default=[], metavar="KEY=VALUE", help="any engine setting")
+    parser.add_argument("--dtypes", default="auto,int8", help="values of kv_cache_dtype, auto first")
+    parser.add_argument("--sequences", type=int, default=16)
+    parser.add_argument("--length", type=int, default=2048, help="tokens of a sequence")
+    parser.add_argument("--out", type=Path, default=RESULTS / "kv_quality.jsonl")
+    args = parser.parse_args()
+    names = args.dtypes.split(",")
+    if names[0] != "auto":
+        parser.error(f"--dtypes: {args.dtypes}; auto must come first: the others are held against it")
+    settings = dict(item.split("=", 1) for item in args.set)
+    fixed = {"model": args.model or str(default_model()), "max_model_len": str(args.length), "max_num_seqs": "1"}
+    model = load_model(EngineConfig.from_parameters({**settings, **fixed}), print)
+    sequences = text_sequences(Tokenizer(model.tokenizer_folder), args.sequences, args.length)
+    workload = f"{str(model.dtype).removeprefix('torch.')}_{args.sequences}x{args.length}"
+    baseline: Quality | None = None
+    for name in names:
+        file = ResultsFile(
+            path=args.out, benchmark="bench_kv_quality", model=args.name, variant=name, settings=settings
+        )
+        quality = TeacherForced(model, name, args.length).quality(sequences)
+        baseline = baseline or quality
+        file.record(workload, "perplexity", [quality.perplexity])
+        if name != "auto":
+            file.record(workload, "loss_percent", [100 * (quality.perplexity / baseline.perplexity - 1)])
+            same = (quality.top_ids == baseline.top_ids).float().mean().item()
+            file.record(workload, "same_top_percent", [100 * same])
+
+
+if __name__ == "__main__":
+    with torch.inference_mode():
+        main()
