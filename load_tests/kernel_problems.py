@@ -119,8 +119,7 @@ class Decode(_Paged):
         self.caches = [self.cache] + [self.cache.clone() for _ in range(copies - 1)]
 
     def launches(self, config: Any, num_splits: int, pdl: bool = True) -> list[Launch]:
-        arrivals = torch.zeros(self.num_seqs * self.heads[1], dtype=torch.int32, device=self.q.device)
-        workspace = allocate_workspace(self.num_seqs, self.heads[0], num_splits, self.head_dim, arrivals)
+        workspace = allocate_workspace(self.num_seqs, self.heads[0], num_splits, self.head_dim, self.q.device)
         return [
             lambda cache=cache: decode_attention(
                 self.q, LayerCache(cache), self.tables, self.context_lens, self.seq_counts, self.out, workspace,

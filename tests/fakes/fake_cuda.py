@@ -45,7 +45,7 @@ class OnlyStream:
 
 def run_gpu_path_on_cpu(monkeypatch: pytest.MonkeyPatch) -> None:
     """Make engines on the CPU use the GPU's runner, sampler and kernels. Needs TRITON_INTERPRET=1."""
-    kernels = TritonLanguageKernels(device="cpu", num_processors=4, pdl=False)
+    kernels = TritonLanguageKernels(num_processors=4, pdl=False)
     monkeypatch.setattr(llama, "kernels_for", lambda device: kernels)
     monkeypatch.setattr(cuda_runner, "CudaGraphs", EagerGraphs)
     monkeypatch.setattr(torch.cuda, "Event", DoneEvent)

@@ -15,7 +15,7 @@ pytestmark = pytest.mark.gpu
 
 @pytest.fixture(scope="module")
 def kernels() -> TritonLanguageKernels:
-    return TritonLanguageKernels(device=DEVICE, num_processors=16, pdl=PDL)
+    return TritonLanguageKernels(num_processors=16, pdl=PDL)
 
 
 HEADS, KV_HEADS, HEAD_DIM = 6, 2, 64

@@ -19,7 +19,7 @@ from trident_llm.kernels.sample_tokens import SamplingTensors, allocate_workspac
 from trident_llm.kernels.token_logprobs import token_logprobs
 from trident_llm.kernels.triton_language import TritonLanguageKernels
 
-KERNELS = TritonLanguageKernels(device="cpu", num_processors=132, pdl=True)
+KERNELS = TritonLanguageKernels(num_processors=132, pdl=True)
 
 
 @pytest.fixture
@@ -58,7 +58,7 @@ def test_attention(
     KERNELS.paged_attention(qkv[:, :heads], cache, plan, 0.1, 30.0 if window else None)
     names = [name for name, _, _ in hopper.compiled]
     assert names == [
-        "_rotary_store_kernel", "_split_attention_kernel", "_prefill_attention_kernel"
+        "_rotary_store_kernel", "_split_attention_kernel", "_combine_splits_kernel", "_prefill_attention_kernel"
     ]  # fmt: skip
 
 

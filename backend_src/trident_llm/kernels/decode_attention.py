@@ -1,4 +1,4 @@
-"""Paged attention for sequences with one new token: the context is split over programs, the last of which combines.
+"""Paged attention for sequences with one new token: the context is split over programs, then the parts are combined.
 
 The grid depends on the batch bucket alone; context lengths are read on the device, so a CUDA graph serves any of them.
 "Flash-Decoding", Dao et al. 2023.
@@ -22,11 +22,10 @@ _PROGRAMS_PER_PROCESSOR = 5
 """Programs whose registers and shared memory one multiprocessor of Hopper holds at once."""
 _MIN_SPLIT_KEYS = 128
 """Fewer keys than this are not worth a program of their own."""
-_MAX_SPLITS = 32
+_MAX_SPLITS = 64
+"""One program combines all splits of a head in its registers."""
 _MANY_SPLITS = 16
-"""From so many on a split is short: small programs then start and end sooner."""
-_COMBINED_SPLITS: tl.constexpr = tl.constexpr(16)
-"""Parts of a head that are read at once when they are combined."""
+"""From so many on a split is short: smaller tiles then leave fewer programs without keys."""
 
 
 @dataclass(frozen=True)
@@ -46,8 +45,6 @@ class DecodeWorkspace:
     """[S, Hq, num_splits, D] float32: softmax-weighted sums of V, each normalised over its own keys."""
     log_sums: Tensor
     """[S, Hq, num_splits] float32: base-2 logarithm of each part's sum of exponentials."""
-    arrivals: Tensor
-    """[at least S * Hkv] int32: programs of a sequence's KV head that have written their part. 0 before and after."""
 
 
 def choose_num_splits(num_seqs: int, num_kv_heads: int, max_context: int, num_processors: int) -> int:
@@ -57,14 +54,12 @@ def choose_num_splits(num_seqs: int, num_kv_heads: int, max_context: int, num_pr
 
 
 def allocate_workspace(
-    num_seqs: int, num_heads: int, num_splits: int, head_dim: int, arrivals: Tensor
+    num_seqs: int, num_heads: int, num_splits: int, head_dim: int, device: torch.device
 ) -> DecodeWorkspace:
-    """``arrivals``: see DecodeWorkspace. Launches that follow each other on a stream can share it."""
     shape = (num_seqs, num_heads, num_splits) if num_splits > 1 else (0,)
     return DecodeWorkspace(
-        torch.empty(*shape, head_dim, dtype=torch.float32, device=arrivals.device),
-        torch.empty(shape, dtype=torch.float32, device=arrivals.device),
-        arrivals,
+        torch.empty(*shape, head_dim, dtype=torch.float32, device=device),
+        torch.empty(shape, dtype=torch.float32, device=device),
     )
 
 
@@ -72,46 +67,6 @@ def allocate_workspace(
 def _keys_per_split(num_keys, NUM_SPLITS: tl.constexpr, TILE_KEYS: tl.constexpr):
     """Whole tiles, and at least one: short contexts use fewer splits than there are programs."""
     return max(tl.cdiv(tl.cdiv(num_keys, NUM_SPLITS), TILE_KEYS), 1) * TILE_KEYS
-
-
-@triton.jit
-def _combine_splits(
-    partials,  # [S * Hq, NUM_SPLITS, HEAD_DIM] float32
-    log_sums,  # [S * Hq, NUM_SPLITS] float32
-    out,  # [Hq, HEAD_DIM] of one sequence
-    first_row,  # of the KV head's query heads in partials and log_sums
-    first_head,  # of the same in out
-    num_live,  # splits that have keys
-    GROUP: tl.constexpr,
-    HEAD_DIM: tl.constexpr,
-    PADDED_DIM: tl.constexpr,
-    NUM_SPLITS: tl.constexpr,
-):
-    """Add up the parts of one KV head's query heads. Other processors wrote them: loads go past the L1 cache."""
-    dims = tl.arange(0, PADDED_DIM)
-    splits = tl.arange(0, _COMBINED_SPLITS)
-    for head in tl.static_range(GROUP):
-        row = (first_row + head) * NUM_SPLITS
-        largest = tl.full([], -1e30, tl.float32)
-        total = tl.zeros([], tl.float32)
-        acc = tl.zeros([PADDED_DIM], tl.float32)
-        for first in range(0, num_live, _COMBINED_SPLITS):
-            live = first + splits < num_live
-            logs = tl.load(log_sums + row + first + splits, mask=live, other=-1e30, cache_modifier=".cg")
-            values = tl.load(
-                partials + (row + first + splits)[:, None] * HEAD_DIM + dims[None, :],
-                mask=live[:, None] & (dims < HEAD_DIM)[None, :],
-                other=0.0,
-                cache_modifier=".cg",
-            )
-            new_largest = tl.maximum(largest, tl.max(logs, 0))
-            weights = tl.where(live, tl.exp2(logs - new_largest), 0.0)
-            decay = tl.exp2(largest - new_largest)
-            total = total * decay + tl.sum(weights, 0)
-            acc = acc * decay + tl.sum(weights[:, None] * values, 0)
-            largest = new_largest
-        target = out + (first_head + head) * HEAD_DIM + dims
-        tl.store(target, (acc / total).to(out.dtype.element_ty), mask=dims < HEAD_DIM)
 
 
 @triton.jit
@@ -125,7 +80,6 @@ def _split_attention_kernel(
     out,  # [S, Hq, HEAD_DIM]; written here with one split only
     partials,  # [S, Hq, NUM_SPLITS, HEAD_DIM] float32
     log_sums,  # [S, Hq, NUM_SPLITS] float32
-    arrivals,  # [S, NUM_KV_HEADS] int32, all 0
     score_factor,
     score_cap,
     window,
@@ -194,23 +148,51 @@ def _split_attention_kernel(
             part = (seq * (NUM_KV_HEADS * GROUP) + head) * NUM_SPLITS + split
             tl.store(partials + part[:, None] * HEAD_DIM + dims[None, :], result, mask=inside)
             tl.store(log_sums + part, row_max + tl.log2(row_sum), mask=rows < GROUP)
-            # Short contexts use fewer splits than there are programs.
-            num_live = tl.cdiv(context - first_key, share)
-            # All threads have stored before the one that counts does, and its release makes that visible.
-            tl.debug_barrier()
-            arrival = arrivals + seq * NUM_KV_HEADS + kv_head
-            if tl.atomic_add(arrival, 1, sem="acq_rel") == num_live - 1:
-                tl.store(arrival, 0)
-                _combine_splits(
-                    partials, log_sums, out + seq * stride_out_token, (seq * NUM_KV_HEADS + kv_head) * GROUP,
-                    kv_head * GROUP, num_live, GROUP, HEAD_DIM, PADDED_DIM, NUM_SPLITS,
-                )  # fmt: skip
-    elif is_decode & (context == 0) & (split == 0):
-        heads = kv_head * GROUP + tl.arange(0, PADDED_GROUP)
-        dims = tl.arange(0, PADDED_DIM)
-        target = out + seq * stride_out_token + (heads * HEAD_DIM)[:, None] + dims[None, :]
-        inside = (heads < (kv_head + 1) * GROUP)[:, None] & (dims < HEAD_DIM)[None, :]
-        tl.store(target, tl.zeros([PADDED_GROUP, PADDED_DIM], out.dtype.element_ty), mask=inside)
+
+
+@triton.jit
+def _combine_splits_kernel(
+    partials,  # [S, Hq, NUM_SPLITS, HEAD_DIM] float32
+    log_sums,  # [S, Hq, NUM_SPLITS] float32
+    context_lens,  # [S] int32
+    seq_counts,  # [2] int32
+    out,  # [S, Hq, HEAD_DIM]
+    window,
+    stride_out_token,
+    NUM_HEADS: tl.constexpr,
+    HEAD_DIM: tl.constexpr,
+    PADDED_DIM: tl.constexpr,
+    TILE_KEYS: tl.constexpr,
+    NUM_SPLITS: tl.constexpr,
+    PADDED_SPLITS: tl.constexpr,
+    HAS_WINDOW: tl.constexpr,
+    PDL: tl.constexpr,
+):
+    if PDL:
+        gdc_launch_dependents()
+        gdc_wait()
+    head = tl.program_id(0)
+    seq = tl.program_id(1).to(tl.int64)
+    num_keys = tl.load(context_lens + seq)
+    if HAS_WINDOW:
+        num_keys = min(num_keys, window)
+    # Only these splits were written: the others had no keys.
+    num_live = tl.cdiv(num_keys, _keys_per_split(num_keys, NUM_SPLITS, TILE_KEYS))
+    splits = tl.arange(0, PADDED_SPLITS)
+    dims = tl.arange(0, PADDED_DIM)
+    live = splits < num_live
+    part = (seq * NUM_HEADS + head) * NUM_SPLITS + splits
+    logs = tl.load(log_sums + part, mask=live, other=-1e30)
+    weights = tl.where(live, tl.exp2(logs - tl.max(logs, 0)), 0.0)
+    values = tl.load(
+        partials + part[:, None] * HEAD_DIM + dims[None, :],
+        mask=live[:, None] & (dims < HEAD_DIM)[None, :],
+        other=0.0,
+    )
+    total = tl.sum(weights, 0)
+    result = tl.sum(weights[:, None] * values, 0) / tl.where(total > 0, total, 1.0)
+    target = out + seq * stride_out_token + head * HEAD_DIM + dims
+    tl.store(target, result.to(out.dtype.element_ty), mask=(dims < HEAD_DIM) & (seq < tl.load(seq_counts)))
 
 
 def decode_attention(
@@ -243,25 +225,30 @@ def decode_attention(
     check_last_contiguous("q", q, 2)
     check_shape("block_tables", block_tables, (num_seqs, -1))
     check_dtype("seq_counts", seq_counts, (torch.int32,))
-    check_dtype("arrivals", workspace.arrivals, (torch.int32,))
-    if num_splits > 1 and workspace.arrivals.numel() < num_seqs * num_kv_heads:
-        raise ValueError(f"arrivals has {workspace.arrivals.numel()} entries; {num_seqs * num_kv_heads} are needed")
     check_shape("out", out, tuple(q.shape))
     check_last_contiguous("out", out, 2)
     config = config or default_config(q.dtype, head_dim, num_splits)
     constants = score_scale(scale, soft_cap)
     group = num_heads // num_kv_heads
     padded_dim = triton.next_power_of_2(head_dim)
+    launch = {"launch_pdl": True} if pdl else {}
     _split_attention_kernel[(num_kv_heads, num_seqs, num_splits)](
         q, cache.values, cache.scales, block_tables, context_lens, seq_counts, out, workspace.partials,
-        workspace.log_sums, workspace.arrivals, constants.factor, constants.cap, sliding_window or 0,
+        workspace.log_sums, constants.factor, constants.cap, sliding_window or 0,
         q.stride(0), block_tables.stride(0), out.stride(0),
         NUM_KV_HEADS=num_kv_heads, GROUP=group, PADDED_GROUP=max(16, triton.next_power_of_2(group)),
         HEAD_DIM=head_dim, PADDED_DIM=padded_dim, BLOCK_SIZE=block_size, TILE_KEYS=config.tile_keys,
         NUM_SPLITS=num_splits, HAS_WINDOW=sliding_window is not None, HAS_CAP=soft_cap is not None,
         SCALED=cache.scales is not None, PRECISION=dot_precision(q.dtype), PDL=pdl,
-        num_warps=config.num_warps, num_stages=config.num_stages,
-        **({"launch_pdl": True} if pdl else {}),
+        num_warps=config.num_warps, num_stages=config.num_stages, **launch,
+    )  # fmt: skip
+    if num_splits == 1:
+        return
+    _combine_splits_kernel[(num_heads, num_seqs)](
+        workspace.partials, workspace.log_sums, context_lens, seq_counts, out, sliding_window or 0, out.stride(0),
+        NUM_HEADS=num_heads, HEAD_DIM=head_dim, PADDED_DIM=padded_dim, TILE_KEYS=config.tile_keys,
+        NUM_SPLITS=num_splits, PADDED_SPLITS=triton.next_power_of_2(num_splits),
+        HAS_WINDOW=sliding_window is not None, PDL=pdl, num_warps=4, **launch,
     )  # fmt: skip
 
 
@@ -272,4 +259,4 @@ def default_config(dtype: torch.dtype, head_dim: int, num_splits: int) -> Decode
         return DecodeConfig(16 if head_dim > 64 else 32, 4, 2)
     if head_dim > 128:
         return DecodeConfig(32, 4, 2)
-    return DecodeConfig(32, 2, 3) if num_splits >= _MANY_SPLITS else DecodeConfig(64, 4, 2)
+    return DecodeConfig(32, 4, 5) if num_splits >= _MANY_SPLITS else DecodeConfig(64, 4, 2)

@@ -26,8 +26,6 @@ from .skinny_matmul import skinny_matmul as multiply_skinny
 
 _MAX_STREAMED_ROWS = 64
 """With more rows cuBLAS multiplies: a single pass over the weight no longer decides the time."""
-_MAX_ARRIVALS = 1 << 16
-"""Sequences times KV heads whose contexts are split. Contexts are split only when there are few."""
 _LONG_INPUTS = 8192
 """A kernel that splits so long a sum holds out against cuBLAS up to twice as many rows."""
 _MAX_ADDED_INPUTS = 1 << 24
@@ -67,22 +65,20 @@ def _streams_weight(x: Tensor, weight: Tensor, max_rows: int) -> bool:
 
 
 class TritonLanguageKernels:
-    """Implements ``Kernels`` on one device. Workspaces come from torch's allocator, but for the counters of decode
-    attention, which are 0 between launches.
+    """Implements ``Kernels`` on one CUDA device. Holds no tensors: workspaces come from torch's allocator.
 
     num_processors: multiprocessors of the device. pdl: whether it knows programmatic dependent launch.
     """
 
-    def __init__(self, *, device: torch.device | str, num_processors: int, pdl: bool) -> None:
+    def __init__(self, *, num_processors: int, pdl: bool) -> None:
         self._num_processors = num_processors
         self._pdl = pdl
-        self._arrivals = torch.zeros(_MAX_ARRIVALS, dtype=torch.int32, device=device)
 
     @classmethod
     def for_device(cls, device: torch.device) -> TritonLanguageKernels:
         properties = torch.cuda.get_device_properties(device)
         # Programmatic dependent launch came with compute capability 9.0.
-        return cls(device=device, num_processors=properties.multi_processor_count, pdl=properties.major >= 9)
+        return cls(num_processors=properties.multi_processor_count, pdl=properties.major >= 9)
 
     def pack_linear(self, weight: Tensor) -> Tensor:
         return weight.contiguous()
@@ -176,7 +172,7 @@ class TritonLanguageKernels:
             num_kv_heads, head_dim = cache.values.shape[3:]
             window = min(plan.max_context, plan.sliding_window or plan.max_context)
             num_splits = choose_num_splits(decodes, num_kv_heads, window, self._num_processors)
-            workspace = allocate_workspace(decodes, q.shape[1], num_splits, head_dim, self._arrivals)
+            workspace = allocate_workspace(decodes, q.shape[1], num_splits, head_dim, q.device)
             decode_attention(
                 q[:decodes], cache, plan.block_tables[:decodes], plan.context_lens[:decodes],
                 plan.seq_counts, out[:decodes], workspace, num_splits=num_splits, scale=scale, soft_cap=soft_cap,
