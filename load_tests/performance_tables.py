@@ -13,7 +13,8 @@ from typing import Any
 
 RESULTS = Path(__file__).parent / "results"
 DOCUMENT = Path(__file__).parents[1] / "docs" / "performance.md"
-_MARKED = re.compile(r"(<!-- table: (\w+) -->\n).*?(<!-- end -->)", re.DOTALL)
+_MARKED = re.compile(r"(<!-- table: (\w+)(?: on ([^>]*))? -->\n).*?(<!-- end -->)", re.DOTALL)
+"""Benchmark, and optionally a part of the device's name."""
 
 
 def latest(lines: Iterable[dict[str, Any]]) -> list[dict[str, Any]]:
@@ -77,8 +78,9 @@ def render(document: str, lines: list[dict[str, Any]]) -> str:
     """``document`` with every marked table made anew."""
 
     def made(match: re.Match[str]) -> str:
-        text = kernel_table(lines) if match[2] == "bench_kernels" else table(match[2], lines)
-        return f"{match[1]}{text}{match[3]}"
+        chosen = [line for line in lines if (match[3] or "") in line["device"]]
+        text = kernel_table(chosen) if match[2] == "bench_kernels" else table(match[2], chosen)
+        return f"{match[1]}{text}{match[4]}"
 
     return _MARKED.sub(made, document)
 

@@ -37,3 +37,9 @@ def test_kernels_stand_beside_what_plain_ones_reach():
     text = kernel_table(lines)
     assert "Reading reaches 3,000 GB/s" in text and "8,192 800 TFLOP/s" in text
     assert "| k | 64 rows | 12.50 | 2,400 | 80% |  |  |" in text
+
+
+def test_a_table_may_be_of_one_device():
+    lines = [{**LINE, "device": "NVIDIA H100"}, {**LINE, "device": "EPYC, 2 cores"}]
+    text = render("<!-- table: bench_x on H100 -->\n<!-- end -->\n", lines)
+    assert "m on NVIDIA H100" in text and "EPYC" not in text
