@@ -5,12 +5,11 @@
 
 from __future__ import annotations
 
-import argparse
 import gc
 import time
-from pathlib import Path
 
-from results_file import RESULTS, ResultsFile
+from engine_arguments import engine_parser, engine_settings
+from results_file import ResultsFile
 from workloads import WORKLOADS, Bench
 
 from trident_llm import EngineConfig
@@ -18,16 +17,12 @@ from trident_llm.engine.engine import EngineCore
 
 
 def main() -> None:
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--model", required=True)
-    parser.add_argument("--name", required=True, help="the model's name in the results")
+    parser = engine_parser(__doc__, "engine.jsonl")
     parser.add_argument("--variant", default="bf16")
-    parser.add_argument("--set", action="append", default=[], metavar="KEY=VALUE", help="any engine setting")
     parser.add_argument("--workloads", default=",".join(WORKLOADS), help=f"of {', '.join(WORKLOADS)}")
     parser.add_argument("--runs", type=int, default=3)
-    parser.add_argument("--out", type=Path, default=RESULTS / "engine.jsonl")
     args = parser.parse_args()
-    settings = {"prefix_caching": "false", **dict(item.split("=", 1) for item in args.set)}
+    settings = {"prefix_caching": "false", **engine_settings(args)}
     began = time.perf_counter()
     core = EngineCore(EngineConfig.from_parameters({"model": args.model, **settings}), progress=print)
     start_seconds = time.perf_counter() - began

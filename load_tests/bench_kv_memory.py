@@ -10,13 +10,12 @@ serves requests of those lengths, 32 at a time, and must not preempt. The static
 
 from __future__ import annotations
 
-import argparse
 import gc
-from pathlib import Path
 
 import torch
 from capacity import BLOCK_SIZE, MAX_MODEL_LEN, read_lengths, smallest_pool
-from results_file import RESULTS, ResultsFile
+from engine_arguments import engine_parser, engine_settings
+from results_file import ResultsFile
 from workloads import Bench, Shape, submits_of
 
 from trident_llm import EngineConfig
@@ -54,19 +53,15 @@ def serve(core: EngineCore, places: int) -> int:
 
 
 def main() -> None:
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--model", required=True)
-    parser.add_argument("--name", required=True, help="the model's name in the results")
-    parser.add_argument("--set", action="append", default=[], metavar="KEY=VALUE", help="any engine setting")
+    parser = engine_parser(__doc__, "kv_memory.jsonl")
     parser.add_argument("--places", type=int, default=32, help="requests at once")
-    parser.add_argument("--out", type=Path, default=RESULTS / "kv_memory.jsonl")
     args = parser.parse_args()
     num_blocks = {
         "paged": smallest_pool(read_lengths(), args.places),
         "static": args.places * MAX_MODEL_LEN // BLOCK_SIZE,
     }
     own = {"max_num_blocks": str(num_blocks["paged"]), "max_num_seqs": str(args.places), "prefix_caching": "false"}
-    settings = {**own, "max_model_len": str(MAX_MODEL_LEN), **dict(item.split("=", 1) for item in args.set)}
+    settings = {**own, "max_model_len": str(MAX_MODEL_LEN), **engine_settings(args)}
     core = EngineCore(EngineConfig.from_parameters({"model": args.model, **settings}), progress=print)
     preemptions = serve(core, args.places)
     gc.collect()

@@ -14,14 +14,13 @@ prefix_no_hit_N            output tokens/s of N that arrive together and have no
 
 from __future__ import annotations
 
-import argparse
 import gc
 import random
 from collections.abc import Callable
 from dataclasses import dataclass
-from pathlib import Path
 
-from results_file import RESULTS, ResultsFile
+from engine_arguments import engine_parser, engine_settings
+from results_file import ResultsFile
 from workloads import random_prompt, run
 
 from trident_llm import EngineConfig
@@ -97,16 +96,12 @@ class PrefixBench:
 
 
 def main() -> None:
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--model", required=True)
-    parser.add_argument("--name", required=True, help="the model's name in the results")
-    parser.add_argument("--set", action="append", default=[], metavar="KEY=VALUE", help="any engine setting")
+    parser = engine_parser(__doc__, "prefix.jsonl")
     parser.add_argument("--streams", type=int, default=64, help="requests that arrive together")
     parser.add_argument("--workloads", help="default: all that the model's context has room for")
     parser.add_argument("--runs", type=int, default=5)
-    parser.add_argument("--out", type=Path, default=RESULTS / "prefix.jsonl")
     args = parser.parse_args()
-    settings = dict(item.split("=", 1) for item in args.set)
+    settings = engine_settings(args)
     config = EngineConfig.from_parameters({"model": args.model, **settings, "prefix_caching": "true"})
     core = EngineCore(config, progress=print)
     workloads = PrefixBench(core).workloads(args.streams)

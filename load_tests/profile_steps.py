@@ -16,11 +16,11 @@ import itertools
 import statistics
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
-from pathlib import Path
 from typing import Any
 
 import torch
-from results_file import RESULTS, ResultsFile
+from engine_arguments import engine_parser, engine_settings
+from results_file import ResultsFile
 from workloads import Bench, Shape, mixed_shapes, submits_of
 
 from trident_llm import EngineConfig
@@ -106,17 +106,13 @@ def report(results: ResultsFile, workload: str, times: StepTimes) -> None:
 
 
 def main() -> None:
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--model", required=True)
-    parser.add_argument("--name", required=True, help="the model's name in the results")
+    parser = engine_parser(__doc__, "profile.jsonl")
     parser.add_argument("--variant", default="bf16")
-    parser.add_argument("--set", action="append", default=[], metavar="KEY=VALUE", help="any engine setting")
     parser.add_argument("--streams", type=int, nargs="*", default=[1, 64, 256])
     parser.add_argument("--prompts", type=int, nargs="*", default=[128, 2048], help="lengths of prompts to profile")
     parser.add_argument("--steps", type=int, default=30)
-    parser.add_argument("--out", type=Path, default=RESULTS / "profile.jsonl")
     args = parser.parse_args()
-    settings: dict[str, Any] = {"prefix_caching": "false", **dict(item.split("=", 1) for item in args.set)}
+    settings: dict[str, Any] = {"prefix_caching": "false", **engine_settings(args)}
     core = EngineCore(EngineConfig.from_parameters({"model": args.model, **settings}), progress=print)
     gc.collect()
     gc.freeze()
