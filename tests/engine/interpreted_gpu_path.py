@@ -13,6 +13,7 @@ from tests.fakes.tiny_models import write_tiny_llama
 from trident_llm import EngineConfig
 from trident_llm.engine.engine import EngineCore
 from trident_llm.engine.loading import load_model
+from trident_llm.kernels.prefill_attention import prefill_attention
 from trident_llm.protocol import SampleStart, SamplingParams, Submit
 
 
@@ -37,6 +38,34 @@ def test_tokens_equal_those_of_the_cpu(tmp_path, monkeypatch, settings, preempts
     assert got == expected and got_reasons == reasons
     assert (core.stats()["preemptions_total"] > 0) == preempts
     assert core.stats()["kv_blocks_used"] == 0
+
+
+def test_splits_of_long_contexts_change_no_token(tmp_path, monkeypatch):
+    """Prompts share a prefix, so that their own tokens are few and their contexts long; decodes run beside them."""
+    folder = write_tiny_llama(tmp_path)
+    settings = {"dtype": "fp32", "device": "cpu", "max_num_blocks": 64, "block_size": 8, "max_num_seqs": 4}
+    config = EngineConfig(model=str(folder), **settings)
+    params = SamplingParams(seed=1, max_tokens=4, temperature=0.8, ignore_eos=True)
+    shared = [5 + index % 90 for index in range(150)]
+    requests = [
+        Submit(request_id=f"r{index}", prompt_ids=[*shared, *range(20, 24 + index)], params=params)
+        for index in range(3)
+    ]
+    batches = [requests[:1], requests[1:]]
+    cpu = EngineCore(config)
+    expected = [run(cpu, batch) for batch in batches]
+    run_gpu_path_on_cpu(monkeypatch)
+    monkeypatch.setattr("trident_llm.engine.cuda_runner._LONG_CONTEXT", 128)
+    was_split = []
+
+    def attention(*args, workspace, **options):
+        was_split.append(workspace is not None)
+        prefill_attention(*args, workspace=workspace, **options)
+
+    monkeypatch.setattr("trident_llm.kernels.triton_language.prefill_attention", attention)
+    core = EngineCore(config)
+    assert [run(core, batch) for batch in batches] == expected
+    assert True in was_split and False in was_split
 
 
 def test_blocks_come_back_from_the_host(tmp_path, monkeypatch):

@@ -17,7 +17,12 @@ from trident_llm.kernels.decode_attention import (
     decode_attention,
 )
 from trident_llm.kernels.layer_cache import LayerCache
-from trident_llm.kernels.prefill_attention import prefill_attention
+from trident_llm.kernels.prefill_attention import (
+    PrefillWorkspace,
+    allocate_prefill_workspace,
+    choose_prefill_splits,
+    prefill_attention,
+)
 
 pytestmark = pytest.mark.gpu
 
@@ -56,6 +61,15 @@ def counts(num_decodes: int, num_seqs: int) -> torch.Tensor:
     return torch.tensor([num_decodes, num_seqs], dtype=torch.int32, device=DEVICE)
 
 
+def prefill_workspace(q: torch.Tensor, num_splits: int) -> PrefillWorkspace | None:
+    if num_splits == 1:
+        return None
+    workspace = allocate_prefill_workspace(q, num_splits)
+    for tensor in (workspace.partials, workspace.log_sums):
+        tensor.fill_(float("nan"))
+    return workspace
+
+
 class PagedCase:
     """A filled cache and queries for chunks; ``expected`` is what attention over them is."""
 
@@ -89,8 +103,10 @@ class PagedCase:
         return torch.stack(rows)
 
 
+# With small tiles of keys each of 3 splits has several; with large ones, the last has none.
+@pytest.mark.parametrize("num_splits", [1, 3])
 @pytest.mark.parametrize("case", CASES, ids=str)
-def test_prefill(case: Case) -> None:
+def test_prefill(case: Case, num_splits: int) -> None:
     paged = PagedCase(case, CHUNKS)
     # Rows around the chunks belong to others: the launcher takes rows from cu_seqlens_q on.
     q = torch.cat([poisoned(2, *paged.q.shape[1:], dtype=case.dtype), paged.q])
@@ -98,7 +114,7 @@ def test_prefill(case: Case) -> None:
     prefill_attention(
         q, paged.cache, paged.metadata.block_tables, paged.metadata.cu_seqlens_q + 2, paged.metadata.context_lens,
         counts(0, len(CHUNKS)), out, max_tokens=paged.q.shape[0], max_seqs=len(CHUNKS), scale=paged.scale,
-        soft_cap=case.soft_cap, sliding_window=case.window, pdl=PDL,
+        soft_cap=case.soft_cap, sliding_window=case.window, workspace=prefill_workspace(q, num_splits), pdl=PDL,
     )  # fmt: skip
     assert out[:2].isnan().all()
     assert_close(out[2:], paged.expected)
@@ -136,18 +152,22 @@ def test_decode_rows_that_pad_a_batch_give_zeros(num_splits: int) -> None:
     assert_close(out[others], paged.expected[others])
 
 
-def test_sequences_without_tokens_and_a_larger_token_bound_are_harmless() -> None:
+@pytest.mark.parametrize("num_splits", [1, 3])
+def test_sequences_without_tokens_and_rows_that_pad_a_step_are_harmless(num_splits: int) -> None:
     paged = PagedCase(Case(), CHUNKS[:2])
     metadata = paged.metadata
     tables = torch.cat([metadata.block_tables, metadata.block_tables[:1]])
     starts = torch.cat([metadata.cu_seqlens_q, metadata.cu_seqlens_q[-1:]])
     contexts = torch.cat([metadata.context_lens, metadata.context_lens.new_zeros(1)])
-    out = poisoned(*paged.q.shape, dtype=paged.q.dtype)
+    num_tokens = len(paged.q)
+    q = torch.cat([paged.q, poisoned(77, *paged.q.shape[1:], dtype=paged.q.dtype)])
+    out = poisoned(*q.shape, dtype=q.dtype)
     prefill_attention(
-        paged.q, paged.cache, tables, starts, contexts, counts(0, 3), out, max_tokens=paged.q.shape[0] + 77, max_seqs=5,
-        scale=paged.scale, pdl=PDL,
+        q, paged.cache, tables, starts, contexts, counts(0, 3), out, max_tokens=len(q), max_seqs=5,
+        scale=paged.scale, workspace=prefill_workspace(q, num_splits), pdl=PDL,
     )  # fmt: skip
-    assert_close(out, paged.expected)
+    assert_close(out[:num_tokens], paged.expected)
+    assert out[num_tokens:].isnan().all()
 
 
 MIXED = [*DECODES[:3], *CHUNKS[3:]]
@@ -167,17 +187,19 @@ def test_a_mixed_step_is_shared_between_decode_and_prefill_by_counts_on_the_devi
     assert out[3:].isnan().all()
     prefill_attention(
         paged.q, paged.cache, step.block_tables, step.cu_seqlens_q, step.context_lens, step.seq_counts, out,
-        max_tokens=64, max_seqs=9, scale=paged.scale, pdl=PDL,
+        max_tokens=64, max_seqs=9, scale=paged.scale, workspace=prefill_workspace(paged.q, num_splits), pdl=PDL,
     )  # fmt: skip
     assert_close(out, paged.expected)
 
 
-def test_prefill_of_a_step_without_prompts_writes_nothing() -> None:
+@pytest.mark.parametrize("num_splits", [1, 3])
+def test_prefill_of_a_step_without_prompts_writes_nothing(num_splits: int) -> None:
     paged = PagedCase(Case(), DECODES)
     out = poisoned(*paged.q.shape, dtype=paged.q.dtype)
     prefill_attention(
         paged.q, paged.cache, paged.metadata.block_tables, paged.metadata.cu_seqlens_q, paged.metadata.context_lens,
-        counts(5, 5), out, max_tokens=64, max_seqs=3, scale=paged.scale, pdl=PDL,
+        counts(5, 5), out, max_tokens=64, max_seqs=3, scale=paged.scale,
+        workspace=prefill_workspace(paged.q, num_splits), pdl=PDL,
     )  # fmt: skip
     assert out.isnan().all()
 
@@ -196,7 +218,7 @@ def test_scales_of_slots_that_hold_nothing_are_not_read(dtype: torch.dtype) -> N
     )  # fmt: skip
     prefill_attention(
         paged.q, cache, step.block_tables, step.cu_seqlens_q, step.context_lens, step.seq_counts, out,
-        max_tokens=64, max_seqs=2, scale=paged.scale, pdl=PDL,
+        max_tokens=64, max_seqs=2, scale=paged.scale, workspace=prefill_workspace(paged.q, 3), pdl=PDL,
     )  # fmt: skip
     assert_close(out, paged.expected)
 
@@ -205,3 +227,11 @@ def test_splits_fill_the_processors_but_not_beyond_the_context() -> None:
     assert choose_num_splits(64, 8, 4096, 132) == 1
     assert choose_num_splits(1, 8, 32768, 132) > 32
     assert choose_num_splits(1, 8, 100, 132) == 1
+
+
+def test_splits_of_prompts_fill_the_processors_but_not_beyond_the_keys() -> None:
+    assert choose_prefill_splits(1, 8, 32768, 132) == 16
+    assert choose_prefill_splits(8, 8, 32768, 132) == 4
+    assert choose_prefill_splits(3, 8, 32768, 132) == 8
+    assert choose_prefill_splits(1, 8, 300, 132) == 2
+    assert choose_prefill_splits(64, 8, 32768, 132) == 1

@@ -29,6 +29,7 @@ def hopper(monkeypatch: pytest.MonkeyPatch) -> FakeHopperDriver:
     return fake
 
 
+@pytest.mark.parametrize("long_contexts", [False, True])
 @pytest.mark.parametrize(
     ("heads", "kv_heads", "head_dim", "dtype", "cache_dtype", "window"),
     [
@@ -45,29 +46,35 @@ def hopper(monkeypatch: pytest.MonkeyPatch) -> FakeHopperDriver:
 )
 def test_attention(
     hopper: FakeHopperDriver, heads: int, kv_heads: int, head_dim: int, dtype: torch.dtype, cache_dtype: torch.dtype,
-    window: int | None,
+    window: int | None, long_contexts: bool,
 ) -> None:  # fmt: skip
     steps = PagedSteps(3, max_len=512, block_size=16)
-    metadata = steps.metadata([Chunk(0, 500, 1), Chunk(1, 9, 1), Chunk(2, 0, 300)])
+    chunks = [Chunk(0, 500, 1), Chunk(1, 9, 1), Chunk(2, 480, 20) if long_contexts else Chunk(2, 0, 300)]
+    metadata = replace(steps.metadata(chunks), long_contexts=long_contexts)
     plan = KERNELS.plan_attention(metadata, dtype=dtype, sliding_window=window)
     values = torch.empty(steps.num_blocks, 16, 2, kv_heads, head_dim, dtype=cache_dtype)
     cache = LayerCache(values, torch.empty(values.shape[:-1]) if cache_dtype in SCALED_LIMITS else None)
-    qkv = torch.empty(302, heads + 2 * kv_heads, head_dim, dtype=dtype)
-    cos = torch.empty(302, 1, head_dim, dtype=dtype)
+    qkv = torch.empty(len(metadata.slot_mapping), heads + 2 * kv_heads, head_dim, dtype=dtype)
+    cos = torch.empty(len(qkv), 1, head_dim, dtype=dtype)
     KERNELS.rotary_embed_and_store_kv(qkv, cos, cos, cache, plan)
     KERNELS.paged_attention(qkv[:, :heads], cache, plan, 0.1, 30.0 if window else None)
-    names = [name for name, _, _ in hopper.compiled]
-    assert names == [
-        "_rotary_store_kernel", "_split_attention_kernel", "_combine_splits_kernel", "_prefill_attention_kernel"
+    assert [name for name, _, _ in hopper.compiled] == [
+        "_rotary_store_kernel", "_split_attention_kernel", "_combine_splits_kernel", "_prefill_attention_kernel",
+        *(["_combine_prefill_splits_kernel"] if long_contexts else []),
     ]  # fmt: skip
 
 
-def test_matrix_instructions_of_prefill_attention_overlap(hopper: FakeHopperDriver, tmp_path: Path) -> None:
+@pytest.mark.parametrize("long_contexts", [False, True])
+def test_matrix_instructions_of_prefill_attention_overlap(
+    hopper: FakeHopperDriver, tmp_path: Path, long_contexts: bool
+) -> None:
     """Where ptxas serializes them, every one is followed by a wait of its own."""
     steps = PagedSteps(1, max_len=256, block_size=16)
-    plan = KERNELS.plan_attention(steps.metadata([Chunk(0, 0, 200)]), dtype=torch.bfloat16)
+    metadata = replace(steps.metadata([Chunk(0, 0, 200)]), long_contexts=long_contexts)
+    plan = KERNELS.plan_attention(metadata, dtype=torch.bfloat16)
     cache = LayerCache(torch.empty(steps.num_blocks, 16, 2, 8, 128, dtype=torch.bfloat16))
     KERNELS.paged_attention(torch.empty(200, 32, 128, dtype=torch.bfloat16), cache, plan, 0.1)
+    assert ("_combine_prefill_splits_kernel" in hopper.machine_code) == long_contexts
     cubin = tmp_path / "kernel.cubin"
     cubin.write_bytes(hopper.machine_code["_prefill_attention_kernel"])
     tool = Path(triton.backends.nvidia.__file__).parent / "bin" / "nvdisasm"

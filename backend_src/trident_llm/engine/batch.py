@@ -38,6 +38,9 @@ class AttentionMetadata:
     num_prefills: int
     """At most so many sequences follow them."""
     block_size: int
+    long_contexts: bool = False
+    """Whether some sequence that is no decode has a context much longer than its tokens of this step. A hint: results
+    do not depend on it."""
 
 
 @dataclass(frozen=True)

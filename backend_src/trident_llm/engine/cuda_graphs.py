@@ -18,6 +18,12 @@ _MIXED_DECODES = (32, 256)
 """Decodes of mixed steps, besides the most there can be. The contexts of few are split over several programs, and each
 sequence there is room for is a row of the last layer and of the head."""
 
+_MAX_SPLIT_TOKENS = 256
+"""Larger steps have tiles of query rows enough to keep a GPU busy without splitting the contexts of prompts."""
+_MAX_SPLIT_PREFILLS = 8
+"""Each sequence there is room for is a program per KV head and split, even where there is none; and more sequences
+bring more tiles."""
+
 
 @dataclass(frozen=True, order=True)
 class StepShape:
@@ -28,6 +34,8 @@ class StepShape:
     num_prefills: int
     num_seqs: int
     """Sequences, rows of logits and samples."""
+    long_contexts: bool = False
+    """See AttentionMetadata. Any step may run with it; short contexts are only slower."""
 
 
 _WIDE_SIZES = (256, 320, 384, 512, 640, 768, 1024, 1280, 1536, 1792, 2048)
@@ -55,7 +63,7 @@ def mixed_sizes(max_num_batched_tokens: int) -> tuple[int, ...]:
 
 
 def graph_shapes(max_num_seqs: int, max_num_batched_tokens: int) -> tuple[StepShape, ...]:
-    """Steps of decodes alone, of prompts alone, and of both."""
+    """Steps of decodes alone, of prompts alone, and of both; small ones with prompts also for long contexts."""
     shapes = [StepShape(size, size, 0, size) for size in decode_sizes(min(max_num_seqs, max_num_batched_tokens))]
     for size in mixed_sizes(max_num_batched_tokens):
         num_prefills = min(_MAX_PREFILLS, size, max_num_seqs)
@@ -63,16 +71,27 @@ def graph_shapes(max_num_seqs: int, max_num_batched_tokens: int) -> tuple[StepSh
         for num_decodes in sorted({min(count, max_num_seqs, size) for count in (*_MIXED_DECODES, max_num_seqs)}):
             num_seqs = min(num_decodes + num_prefills, max_num_seqs)
             shapes.append(StepShape(size, num_decodes, num_prefills, num_seqs))
+        if size <= _MAX_SPLIT_TOKENS:
+            num_prefills = min(_MAX_SPLIT_PREFILLS, num_prefills)
+            for num_decodes in (0, min(size, max_num_seqs)):
+                num_seqs = min(num_decodes + num_prefills, max_num_seqs)
+                shapes.append(StepShape(size, num_decodes, num_prefills, num_seqs, long_contexts=True))
     return tuple(shapes)
+
+
+def _search_order(shape: StepShape) -> tuple[int, bool, StepShape]:
+    """Fewest tokens first; of equally many, shapes for long contexts first."""
+    return shape.num_tokens, not shape.long_contexts, shape
 
 
 class CudaGraphs:
     """``forward(shape)`` must launch a whole step of that shape on whatever the step's buffers hold."""
 
     def __init__(self, shapes: Sequence[StepShape], forward: Callable[[StepShape], None]) -> None:
-        self._decodes = sorted(shape for shape in shapes if not shape.num_prefills)
-        self._prefills = sorted(shape for shape in shapes if not shape.num_decodes)
-        self._mixed = sorted(shape for shape in shapes if shape.num_decodes and shape.num_prefills)
+        ordered = sorted(shapes, key=_search_order)
+        self._decodes = [shape for shape in ordered if not shape.num_prefills]
+        self._prefills = [shape for shape in ordered if not shape.num_decodes]
+        self._mixed = [shape for shape in ordered if shape.num_decodes and shape.num_prefills]
         self._forward = forward
         self._captured: dict[StepShape, torch.cuda.CUDAGraph] = {}
 
@@ -92,13 +111,18 @@ class CudaGraphs:
             self._captured[shape] = graph
         return torch.cuda.memory_reserved() - before
 
-    def find(self, *, num_tokens: int, num_decodes: int, num_prefills: int, num_samples: int) -> StepShape | None:
+    def find(
+        self, *, num_tokens: int, num_decodes: int, num_prefills: int, num_samples: int, long_contexts: bool
+    ) -> StepShape | None:
         """The smallest shape that holds such a step; None when there is none.
 
-        num_samples: rows of logits or samples, whichever are more.
+        num_samples: rows of logits or samples, whichever are more. long_contexts: prefer a shape for them among those
+        of the same size.
         """
         shapes = self._mixed if num_decodes and num_prefills else self._decodes if num_decodes else self._prefills
         for shape in shapes:
+            if shape.long_contexts and not long_contexts:
+                continue
             fits = shape.num_tokens >= num_tokens and shape.num_decodes >= num_decodes
             if fits and shape.num_prefills >= num_prefills and shape.num_seqs >= num_samples:
                 return shape

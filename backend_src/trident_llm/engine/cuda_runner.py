@@ -22,6 +22,9 @@ from .scheduler import SchedulerOutput
 from .sequence import Sequence
 from .step_buffers import StepBuffers, StepSizes
 
+_LONG_CONTEXT = 512
+"""Tokens before a chunk from which on it counts as having a long context."""
+
 
 class CudaRunner:
     """Owns the decoder, the KV cache, the step buffers and the graphs. Takes the same calls as ModelRunner."""
@@ -83,12 +86,14 @@ class CudaRunner:
             )
         step = flatten(output, self.block_size, self._sampled_before)
         num_prefills = step.num_seqs - step.num_decodes
+        long_contexts = _has_long_contexts(step)
         shape = self._graphs.find(
             num_tokens=len(step.token_ids),
             num_decodes=step.num_decodes,
             num_prefills=num_prefills,
             # Samples that fork off here can outnumber the sequences.
             num_samples=max(step.num_seqs, len(step.samples)),
+            long_contexts=long_contexts,
         )
         if shape is None:
             sizes = StepSizes(len(step.token_ids), step.num_seqs, len(step.logits_rows), len(step.samples))
@@ -100,7 +105,7 @@ class CudaRunner:
         self._buffers.upload(sizes, self._values(step, counts), step.block_tables)
         if shape is None:
             tables = self._buffers.block_tables[: sizes.num_seqs, : step.table_width]
-            self._forward(sizes, tables, step.num_decodes, num_prefills)
+            self._forward(sizes, tables, step.num_decodes, num_prefills, long_contexts)
         else:
             self._graphs.replay(shape)
         self._sampled_before = {entry.seq: index for index, entry in enumerate(step.samples)}
@@ -130,9 +135,11 @@ class CudaRunner:
 
     def _captured_forward(self, shape: StepShape) -> None:
         tables = self._buffers.block_tables[: shape.num_seqs]
-        self._forward(_sizes(shape), tables, shape.num_decodes, shape.num_prefills)
+        self._forward(_sizes(shape), tables, shape.num_decodes, shape.num_prefills, shape.long_contexts)
 
-    def _forward(self, sizes: StepSizes, tables: Tensor, num_decodes: int, num_prefills: int) -> None:
+    def _forward(
+        self, sizes: StepSizes, tables: Tensor, num_decodes: int, num_prefills: int, long_contexts: bool
+    ) -> None:
         """Launch a step on whatever the buffers hold."""
         fields = self._buffers.views(sizes)
         sources = fields["sources"]
@@ -148,6 +155,7 @@ class CudaRunner:
             num_decodes=num_decodes,
             num_prefills=num_prefills,
             block_size=self.block_size,
+            long_contexts=long_contexts,
         )
         model_input = ModelInput(
             token_ids=torch.where(sources < 0, fields["token_ids"], unknown),
@@ -160,6 +168,11 @@ class CudaRunner:
 
 def _sizes(shape: StepShape) -> StepSizes:
     return StepSizes(shape.num_tokens, shape.num_seqs, shape.num_seqs, shape.num_seqs)
+
+
+def _has_long_contexts(step: FlatStep) -> bool:
+    chunks = zip(step.context_lens[step.num_decodes :], step.seq_lens_q[step.num_decodes :], strict=True)
+    return any(context - num_tokens > _LONG_CONTEXT for context, num_tokens in chunks)
 
 
 def _tokens(ended: torch.cuda.Event, sampled: DeviceSamples | None, samples: list[Sample]) -> list[SampledToken]:

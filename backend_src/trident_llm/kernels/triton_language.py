@@ -18,7 +18,13 @@ from .checks import HALF_DTYPES
 from .decode_attention import allocate_workspace, choose_num_splits, decode_attention
 from .layer_cache import LayerCache
 from .matrix_vector import matrix_vector as multiply_vector
-from .prefill_attention import prefill_attention
+from .prefill_attention import (
+    PrefillWorkspace,
+    allocate_prefill_workspace,
+    choose_prefill_splits,
+    default_config,
+    prefill_attention,
+)
 from .rms_norm import rms_norm
 from .rotary_store import rotary_embed_and_store_kv
 from .silu_and_mul import silu_and_mul
@@ -57,6 +63,8 @@ class AttentionPlan:
     max_context: int
     """Tokens that the block tables have room for."""
     sliding_window: int | None
+    long_contexts: bool = False
+    """See AttentionMetadata."""
 
 
 def _streams_weight(x: Tensor, weight: Tensor, max_rows: int) -> bool:
@@ -156,6 +164,7 @@ class TritonLanguageKernels:
             num_prefills=metadata.num_prefills,
             max_context=metadata.block_tables.shape[1] * metadata.block_size,
             sliding_window=sliding_window,
+            long_contexts=metadata.long_contexts,
         )
 
     def rotary_embed_and_store_kv(
@@ -182,6 +191,20 @@ class TritonLanguageKernels:
             prefill_attention(
                 q, cache, plan.block_tables, plan.cu_seqlens_q, plan.context_lens, plan.seq_counts, out,
                 max_tokens=q.shape[0], max_seqs=plan.num_prefills, scale=scale, soft_cap=soft_cap,
-                sliding_window=plan.sliding_window, pdl=self._pdl,
+                sliding_window=plan.sliding_window, workspace=self._prefill_workspace(q, cache, plan), pdl=self._pdl,
             )  # fmt: skip
         return out.flatten(1)
+
+    def _prefill_workspace(self, q: Tensor, cache: LayerCache, plan: AttentionPlan) -> PrefillWorkspace | None:
+        """None where the step's tiles fill the device without splits, or are over soon anyway."""
+        if not plan.long_contexts:
+            return None
+        num_tokens, num_heads, head_dim = q.shape
+        num_kv_heads = cache.values.shape[3]
+        group = num_heads // num_kv_heads
+        tile_tokens = default_config(q.dtype, head_dim, group).tile_rows // group
+        max_keys = plan.max_context
+        if plan.sliding_window is not None:
+            max_keys = min(max_keys, plan.sliding_window + tile_tokens)
+        num_splits = choose_prefill_splits(-(-num_tokens // tile_tokens), num_kv_heads, max_keys, self._num_processors)
+        return allocate_prefill_workspace(q, num_splits) if num_splits > 1 else None
