@@ -28,6 +28,8 @@ from trident_llm.kernels.sample_tokens import SamplingTensors, allocate_workspac
 from trident_llm.kernels.token_logprobs import token_logprobs
 from trident_llm.kernels.triton_language import AttentionPlan, TritonLanguageKernels
 
+_FEW_ROWS = (1, 2, 4, 8, 16, 32, 64)
+_MANY_ROWS = (256, 320, 384, 448, 512, 640, 704, 768, 832, 1024, 1280, 1536, 1792, 2048)
 NUM_LAYERS, HIDDEN, INTERMEDIATE, HEADS, KV_HEADS, HEAD_DIM = 32, 4096, 14336, 32, 8, 128
 
 
@@ -157,16 +159,22 @@ def bench_stack(results: Results, kernels: TritonLanguageKernels) -> None:
     layers = [{name: weight(name) for name in names} for _ in range(NUM_LAYERS)]
     head = weight("head")
     num_bytes = 2 * (head.numel() + NUM_LAYERS * sum(layers[0][name].numel() for name in names))
-    for rows in (1, 2, 4, 8, 16, 32, 64):
+    for rows in (*_FEW_ROWS, *_MANY_ROWS):
         inputs = {n: torch.randn(rows, n, dtype=torch.bfloat16, device="cuda") for n in (HIDDEN, INTERMEDIATE)}
-        for kind, linear in (("cuBLAS", torch.nn.functional.linear), ("ours", kernels.linear)):
+        kinds = {"cuBLAS": torch.nn.functional.linear, "ours": kernels.linear}
+        if rows in _MANY_ROWS:
+            del kinds["ours"]  # which is cuBLAS there
+        for kind, linear in kinds.items():
             def step(linear: Any = linear, inputs: Any = inputs) -> None:
                 for layer in layers:
                     for matrix in layer.values():
                         linear(inputs[matrix.shape[1]], matrix)
                 linear(inputs[HIDDEN], head)
 
-            results.record(f"linear stack, {kind}", f"{rows} rows", graph_times([step], 5), num_bytes=num_bytes)
+            # A weight of two bytes takes two operations a row.
+            flops = rows * num_bytes if rows in _MANY_ROWS else 0
+            times = graph_times([step], 5)
+            results.record(f"linear stack, {kind}", f"{rows} rows", times, num_bytes=num_bytes, flops=flops)
     for rows, context in ((1, 384), (4, 384), (16, 384), (64, 384), (256, 384)):
         step = decode_step(kernels, layers, head, rows, context)
         results.record("whole decode step", f"{rows} x {context}", graph_times([step], 5), num_bytes=num_bytes)

@@ -20,6 +20,7 @@ from dataclasses import dataclass
 from pathlib import Path
 
 import torch
+from engine_arguments import engine_settings
 from results_file import RESULTS, ResultsFile
 from torch import Tensor
 
@@ -119,7 +120,7 @@ def main() -> None:
     names = args.dtypes.split(",")
     if names[0] != "auto":
         parser.error(f"--dtypes: {args.dtypes}; auto must come first: the others are held against it")
-    settings = dict(item.split("=", 1) for item in args.set)
+    settings = engine_settings(args)
     fixed = {"model": args.model or str(default_model()), "max_model_len": str(args.length), "max_num_seqs": "1"}
     model = load_model(EngineConfig.from_parameters({**settings, **fixed}), print)
     sequences = text_sequences(Tokenizer(model.tokenizer_folder), args.sequences, args.length)

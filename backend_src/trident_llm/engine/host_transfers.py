@@ -15,6 +15,7 @@ from torch import Tensor
 
 from .host_tier import HostCopies
 from .kv_cache import KVCache
+from .to_device import send
 
 _GROUP = 16
 """Blocks gathered at once."""
@@ -81,7 +82,7 @@ class HostTransfers:
     def _copy_out(self, pairs: tuple[tuple[int, int], ...], compute: torch.cuda.Stream) -> None:
         while self._leaving and (len(self._leaving) >= _MAX_GROUPS or self._leaving[0].arrived.query()):
             compute.wait_event(self._leaving.popleft().arrived)
-        blocks = torch.tensor([block for block, _ in pairs], device=self._pools[0].device)
+        blocks = send([block for block, _ in pairs], torch.int64, self._pools[0].device)
         gathered = tuple(pool.index_select(1, blocks).transpose(0, 1).contiguous() for pool in self._pools)
         ready, arrived = torch.cuda.Event(), torch.cuda.Event()
         ready.record(compute)

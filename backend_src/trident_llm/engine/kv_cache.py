@@ -9,6 +9,7 @@ from torch import Tensor
 
 from ..kernels.layer_cache import SCALED_LIMITS, LayerCache
 from ..models.model_config import ModelConfig
+from .to_device import send
 
 
 def bytes_per_block(config: ModelConfig, *, block_size: int, dtype: torch.dtype) -> int:
@@ -54,6 +55,6 @@ class KVCache:
     def copy_blocks(self, src_ids: Sequence[int], dst_ids: Sequence[int]) -> None:
         """Copy block ``src_ids[i]`` to ``dst_ids[i]`` in every layer; all are read before any is written."""
         device = self.pools[0].device
-        sources, destinations = (torch.tensor(ids, device=device) for ids in (src_ids, dst_ids))
+        sources, destinations = (send(ids, torch.int64, device) for ids in (src_ids, dst_ids))
         for pool in self.pools:
             pool.index_copy_(1, destinations, pool.index_select(1, sources))

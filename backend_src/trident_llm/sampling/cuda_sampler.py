@@ -11,6 +11,7 @@ from torch import Tensor
 
 from ..engine.flat_step import Sample
 from ..engine.sequence import Sequence as EngineSequence
+from ..engine.to_device import send
 from ..kernels.adjust_logits import AdjustmentTensors, adjust_logits, count_tokens
 from ..kernels.sample_tokens import SamplingTensors, allocate_workspace, sample_tokens
 from ..kernels.token_logprobs import LogprobTensors, token_logprobs
@@ -110,9 +111,9 @@ class CudaSampler:
             repetition_penalty=fields["repetition_penalty"][:count],
             frequency_penalty=fields["frequency_penalty"][:count],
             presence_penalty=fields["presence_penalty"][:count],
-            num_biases=self._send([len(bias) for bias in biases], torch.int32),
-            bias_ids=self._send(ids, torch.int32),
-            bias_values=self._send(values, torch.float32),
+            num_biases=send([len(bias) for bias in biases], torch.int32, self._device),
+            bias_ids=send(ids, torch.int32, self._device),
+            bias_values=send(values, torch.float32, self._device),
         )
         out = torch.empty_like(logits, dtype=torch.float32)
         adjust_logits(logits, out, adjustment, self._output_counts, self._in_prompt)
@@ -147,13 +148,10 @@ class CudaSampler:
     def _fill_slot(self, seq: EngineSequence) -> None:
         """Take a line for the sequence and count what it has so far."""
         slot = self._slots[seq] = self._free_slots.pop()
-        tokens = self._send(seq.token_ids, torch.int64)
+        tokens = send(seq.token_ids, torch.int64, self._device)
         prompt, output = tokens[: seq.num_prompt_tokens], tokens[seq.num_prompt_tokens :]
         self._in_prompt[slot].zero_().index_fill_(0, prompt, 1)
         self._output_counts[slot].zero_().index_add_(0, output, torch.ones_like(output, dtype=torch.int32))
-
-    def _send(self, values: Sequence[Any], dtype: torch.dtype) -> Tensor:
-        return torch.tensor(values, dtype=dtype, pin_memory=self._pinned).to(self._device, non_blocking=True)
 
     def _receive(self, tensor: Tensor) -> Tensor:
         host = torch.empty(tensor.shape, dtype=tensor.dtype, pin_memory=self._pinned)
