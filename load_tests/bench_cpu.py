@@ -1,6 +1,6 @@
-"""The engine on a CPU beside transformers.generate, in bf16, in one process; results to load_tests/results/cpu.jsonl.
+"""The engine on a CPU beside transformers.generate in bf16, in one process; results to load_tests/results/cpu.jsonl.
 
-    python load_tests/bench_cpu.py
+    python load_tests/bench_cpu.py [--variants bf16,rtn-8,rtn-4]
 
 Engine and transformers alternate, so that a noisy machine disturbs both; ratios are medians of each pair of runs. One
 stream and 16 streams: prompt of 61 tokens, 128 new tokens, output tokens/s with the prompt's time included.
@@ -25,6 +25,15 @@ from trident_llm.engine.engine import EngineCore
 from trident_llm.launch.repository import default_model
 
 PROMPT_TOKENS, NEW_TOKENS, LONG_PROMPT = 61, 128, 500
+VARIANTS = {
+    "bf16": {},
+    "rtn-8": {"isq_method": "rtn", "isq_bits": "8"},
+    "rtn-8-channel": {"isq_method": "rtn", "isq_bits": "8", "isq_group_size": "channel"},
+    "rtn-4": {"isq_method": "rtn", "isq_bits": "4"},
+    "smoothquant": {"isq_method": "smoothquant"},
+    "fp8": {"isq_method": "fp8"},
+}
+"""Settings beside those of all. Speed depends on the format of the weights, not on the method that found them."""
 
 
 @dataclass(frozen=True)
@@ -65,18 +74,29 @@ class Transformers:
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--model", type=Path, default=None, help="a GGUF file; default: the bundled SmolLM2-135M")
+    parser.add_argument("--variants", default="bf16", help=f"comma-separated, of {', '.join(VARIANTS)} (%(default)s)")
     parser.add_argument("--runs", type=int, default=5)
     parser.add_argument("--out", type=Path, default=RESULTS / "cpu.jsonl")
     args = parser.parse_args()
+    unknown = set(args.variants.split(",")) - set(VARIANTS)
+    if unknown:
+        parser.error(f"--variants: {', '.join(sorted(unknown))} not among {', '.join(VARIANTS)}")
     gguf = args.model or Path(default_model())
-    settings = {"dtype": "bf16", "device": "cpu", "prefix_caching": "false", "max_model_len": "1024"}
-    bench = Bench(EngineCore(EngineConfig.from_parameters({"model": str(gguf), **settings}), progress=print))
     other = Transformers(gguf)
+    for variant in args.variants.split(","):
+        compare(variant, gguf, other, args.runs, args.out)
+
+
+def compare(variant: str, gguf: Path, other: Transformers, runs: int, out: Path) -> None:
+    """Measure one variant of the engine and transformers in turn, and record both."""
+    common = {"dtype": "bf16", "device": "cpu", "prefix_caching": "false", "max_model_len": "1024"}
+    settings = {**common, **VARIANTS[variant]}
+    bench = Bench(EngineCore(EngineConfig.from_parameters({"model": str(gguf), **settings}), progress=print))
+    ratio = "ratio" if variant == "bf16" else f"{variant}-ratio"
+    names = {"engine": variant, "transformers": "transformers", "ratio": ratio}
     files = {
-        variant: ResultsFile(
-            path=args.out, benchmark="bench_cpu", model="smollm2-135m", variant=variant, settings=settings
-        )
-        for variant in ("bf16", "transformers", "ratio")
+        key: ResultsFile(path=out, benchmark="bench_cpu", model="smollm2-135m", variant=name, settings=settings)
+        for key, name in names.items()
     }
     pairs = [
         Pair(
@@ -93,17 +113,18 @@ def main() -> None:
         ),
     ]  # fmt: skip
     measured: dict[str, list[tuple[float, float]]] = {pair.name: [] for pair in pairs}
-    for run in range(args.runs + 1):
+    for run in range(runs + 1):
         for pair in pairs:
             values = pair.engine(), pair.transformers()
             if run:  # the first one warms up
                 measured[pair.name].append(values)
     for pair in pairs:
-        files["bf16"].record(pair.name, pair.metric, [ours for ours, _ in measured[pair.name]])
-        files["transformers"].record(pair.name, pair.metric, [theirs for _, theirs in measured[pair.name]])
+        files["engine"].record(pair.name, pair.metric, [ours for ours, _ in measured[pair.name]])
+        if variant == "bf16":
+            files["transformers"].record(pair.name, pair.metric, [theirs for _, theirs in measured[pair.name]])
         files["ratio"].record(pair.name, "ratio", [pair.ratio(*values) for values in measured[pair.name]])
     gain = [many / one for (one, _), (many, _) in zip(measured["one_stream"], measured["streams_16"], strict=True)]
-    files["bf16"].record("streams_16_over_one", "ratio", gain)
+    files["engine"].record("streams_16_over_one", "ratio", gain)
 
 
 if __name__ == "__main__":

@@ -15,19 +15,17 @@ from __future__ import annotations
 import argparse
 import math
 import pydoc_data.topics
-from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path
 
 import torch
 from engine_arguments import engine_settings
 from results_file import RESULTS, ResultsFile
+from teacher_forced import TeacherForced
 from torch import Tensor
 
 from trident_llm import EngineConfig
-from trident_llm.engine.batch import AttentionMetadata, ModelInput
-from trident_llm.engine.kv_cache import KVCache
-from trident_llm.engine.loading import LoadedModel, choose_kv_cache_dtype, load_model
+from trident_llm.engine.loading import load_model
 from trident_llm.launch.repository import default_model
 from trident_llm.text import Tokenizer
 
@@ -48,54 +46,11 @@ class Quality:
         return math.exp(-self.logprobs.double().mean().item())
 
 
-class TeacherForced:
-    """Runs given tokens through the decoder, on a cache with room for one sequence of ``length`` tokens."""
-
-    def __init__(self, model: LoadedModel, kv_cache_dtype: str, length: int) -> None:
-        self._decoder = model.decoder
-        self._device = model.device
-        block_size = model.kv_cache.block_size
-        self._cache = KVCache(
-            model.config,
-            num_blocks=-(-length // block_size),
-            block_size=block_size,
-            dtype=choose_kv_cache_dtype(kv_cache_dtype, model.dtype, model.device),
-            device=model.device,
-        )
-
-    def quality(self, sequences: list[list[int]]) -> Quality:
-        parts = [part for tokens in sequences for part in self._chunks(tokens)]
-        return Quality(torch.cat([part.logprobs for part in parts]), torch.cat([part.top_ids for part in parts]))
-
-    def _chunks(self, tokens: list[int]) -> Iterator[Quality]:
-        for start in range(0, len(tokens) - 1, _CHUNK):
-            end = min(start + _CHUNK, len(tokens) - 1)
-            logits = self._decoder.forward(self._model_input(tokens, start, end), self._cache)
-            following = self._tensor(tokens[start + 1 : end + 1], torch.int64)
-            logprobs = torch.log_softmax(logits, -1).gather(1, following[:, None])
-            yield Quality(logprobs.flatten().cpu(), logits.argmax(-1).cpu())
-
-    def _model_input(self, tokens: list[int], start: int, end: int) -> ModelInput:
-        """Positions ``start`` to ``end`` of a sequence whose blocks follow each other."""
-        size, count = self._cache.block_size, end - start
-        positions = torch.arange(start, end, device=self._device)
-        num_decodes = int(count == 1)
-        attention = AttentionMetadata(
-            slot_mapping=positions,
-            block_tables=torch.arange(-(-end // size), dtype=torch.int32, device=self._device)[None],
-            cu_seqlens_q=self._tensor([0, count], torch.int32),
-            context_lens=self._tensor([end], torch.int32),
-            seq_lens_q=(count,),
-            context_lens_host=(end,),
-            seq_counts=self._tensor([num_decodes, 1], torch.int32),
-            num_decodes=num_decodes,
-            num_prefills=1 - num_decodes,
-            block_size=size,
-        )
-        return ModelInput(self._tensor(tokens[start:end], torch.int64), positions, positions - start, attention)
-
-    def _tensor(self, values: list[int], dtype: torch.dtype) -> Tensor:
-        return torch.tensor(values, dtype=dtype, device=self._device)
+def measure(forced: TeacherForced, sequences: list[list[int]]) -> Quality:
+    parts = [
+        (chunk.logprobs.cpu(), chunk.logits.argmax(-1).cpu()) for tokens in sequences for chunk in forced.chunks(tokens)
+    ]
+    return Quality(torch.cat([logprobs for logprobs, _ in parts]), torch.cat([top_ids for _, top_ids in parts]))
 
 
 def text_sequences(tokenizer: Tokenizer, count: int, length: int) -> list[list[int]]:
@@ -130,7 +85,7 @@ def main() -> None:
         file = ResultsFile(
             path=args.out, benchmark="bench_kv_quality", model=args.name, variant=name, settings=settings
         )
-        quality = TeacherForced(model, name, args.length).quality(sequences)
+        quality = measure(TeacherForced(model, name, args.length, _CHUNK), sequences)
         baseline = baseline or quality
         file.record(workload, "perplexity", [quality.perplexity])
         if name != "auto":

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any
 
 import torch
@@ -12,8 +12,13 @@ from torch import Tensor
 from trident_llm.kernels.decode_attention import allocate_workspace, decode_attention
 from trident_llm.kernels.layer_cache import LayerCache
 from trident_llm.kernels.matrix_vector import matrix_vector
+from trident_llm.kernels.packed_weight import pack
 from trident_llm.kernels.prefill_attention import prefill_attention
+from trident_llm.kernels.quantized_matmul import quantized_matmul
+from trident_llm.kernels.quantized_vector import quantized_vector
+from trident_llm.kernels.quantized_weight import QuantizedWeight
 from trident_llm.kernels.skinny_matmul import skinny_matmul
+from trident_llm.kernels.unpack_weight import unpack_weight
 
 LINEAR_SHAPES = {
     "qkv": (6144, 4096), "o": (4096, 4096), "gate_up": (28672, 4096), "down": (4096, 14336), "head": (32000, 4096),
@@ -66,6 +71,75 @@ class Linear:
     def error(self) -> float:
         """Relative error of what the last launch wrote; the reference is a float32 product."""
         product = self.x.float() @ self.weights[-1].float().T
+        if self.silu:
+            gate, up = product.chunk(2, -1)
+            product = torch.nn.functional.silu(gate) * up
+        return _relative(self.out if self.out.dim() == 2 else self.out.sum(0), product)
+
+    def poison(self) -> None:
+        self.out.fill_(float("nan"))
+
+
+@dataclass
+class QuantizedLinear:
+    """x [rows, in] by a quantized weight of Mistral-7B with random codes, in several copies."""
+
+    name: str
+    rows: int
+    bits: int = 4
+    group_size: int = 128
+    silu: bool = False
+
+    def prepare(self, device: str) -> None:
+        num_outputs, num_inputs = LINEAR_SHAPES[self.name]
+        self.flops = 2 * self.rows * num_outputs * num_inputs
+        num_bytes = num_outputs * num_inputs * self.bits / 8
+        copies = 1 if device == "cpu" else max(4, int(_COLD_BYTES / num_bytes))
+        weight = self._random_weight(device)
+        self.reference = weight.dequantize(torch.bfloat16)
+        packed = pack(weight)
+        self.num_bytes = packed.nbytes
+        self.weights = [packed] + [
+            replace(packed, low=packed.low.clone(), scales_and_zeros=packed.scales_and_zeros.clone())
+            for _ in range(copies - 1)
+        ]
+        self.x = _random(device, self.rows, num_inputs)
+
+    def _random_weight(self, device: str) -> QuantizedWeight:
+        num_outputs, num_inputs = LINEAR_SHAPES[self.name]
+        levels = 2**self.bits
+        groups = (num_outputs, num_inputs // self.group_size)
+        codes = torch.randint(0, levels, (num_outputs, num_inputs), dtype=torch.uint8, device=device)
+        zeros = torch.randint(levels // 2 - 2, levels // 2 + 2, groups, dtype=torch.int32, device=device)
+        scales = (torch.rand(groups, device=device) + 0.5) * 0.08 / levels
+        return QuantizedWeight(codes, scales, zeros.to(torch.uint8), self.bits, self.group_size)
+
+    def release(self) -> None:
+        _release(self)
+
+    def launches(self, kind: str, config: Any, pdl: bool = True) -> list[Launch]:
+        num_outputs = self.weights[0].shape[0] // (2 if self.silu else 1)
+        if kind == "unpack":
+            self.out = self.x.new_empty(self.weights[0].shape)
+            return [lambda w=w: unpack_weight(w, self.out, pdl=pdl) for w in self.weights]
+        self.out = self.x.new_empty(self.rows, num_outputs)
+        if kind == "vector":
+            return [
+                lambda w=w: quantized_vector(self.x, w, self.out, silu_and_mul=self.silu, config=config, pdl=pdl)
+                for w in self.weights
+            ]
+        if config.num_splits > 1:
+            self.out = torch.empty(config.num_splits, *self.out.shape, dtype=torch.float32, device=self.x.device)
+        return [
+            lambda w=w: quantized_matmul(self.x, w, self.out, silu_and_mul=self.silu, config=config, pdl=pdl)
+            for w in self.weights
+        ]
+
+    def error(self) -> float:
+        """As ``Linear.error``."""
+        if self.out.shape == self.reference.shape:
+            return _relative(self.out, self.reference.float())
+        product = self.x.float() @ self.reference.float().T
         if self.silu:
             gate, up = product.chunk(2, -1)
             product = torch.nn.functional.silu(gate) * up

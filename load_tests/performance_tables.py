@@ -17,6 +17,19 @@ _MARKED = re.compile(r"(<!-- table: (\w+)(?: on ([^>]*))? -->\n).*?(<!-- end -->
 """Benchmark, and optionally a part of the device's name."""
 
 
+_QUALITY_COLUMNS = {
+    "average bits": ("both", "average_bits"),
+    "weights, MiB": ("both", "weights_mib"),
+    "perplexity": ("both", "perplexity"),
+    "loss, %": ("both", "loss_percent"),
+    "prose, %": ("prose", "loss_percent"),
+    "code, %": ("code", "loss_percent"),
+    "KL, mnat": ("both", "kl_millinats"),
+    "same top, %": ("both", "same_top_percent"),
+}
+"""Workload and metric of each column."""
+
+
 def latest(lines: Iterable[dict[str, Any]]) -> list[dict[str, Any]]:
     """The last line of each measurement, in the order in which they first came."""
     found: dict[tuple[str, ...], dict[str, Any]] = {}
@@ -74,12 +87,29 @@ def kernel_table(lines: Iterable[dict[str, Any]]) -> str:
     return "\n".join(parts)
 
 
+def quality_table(lines: Iterable[dict[str, Any]]) -> str:
+    """Markdown for bench_quality: a row a variant, memory first, then what it costs; losses of each text too."""
+    chosen = latest(line for line in lines if line.get("benchmark") == "bench_quality")
+    parts = []
+    for device, model in dict.fromkeys((line["device"], line["model"]) for line in chosen):
+        rows = [line for line in chosen if (line["device"], line["model"]) == (device, model)]
+        values = {(line["variant"], line["workload"], line["metric"]): line["value"] for line in rows}
+        parts.append(f"{model} on {device}; {_origin(max(rows, key=lambda line: line['date']))}:\n")
+        parts.append(f"| variant | {' | '.join(_QUALITY_COLUMNS)} |\n|{'---|' * (len(_QUALITY_COLUMNS) + 1)}")
+        for variant in dict.fromkeys(line["variant"] for line in rows):
+            cells = [_number(values.get((variant, *source))) for source in _QUALITY_COLUMNS.values()]
+            parts.append(f"| {variant} | {' | '.join(cells)} |")
+        parts.append("")
+    return "\n".join(parts)
+
+
 def render(document: str, lines: list[dict[str, Any]]) -> str:
     """``document`` with every marked table made anew."""
 
     def made(match: re.Match[str]) -> str:
         chosen = [line for line in lines if (match[3] or "") in line["device"]]
-        text = kernel_table(chosen) if match[2] == "bench_kernels" else table(match[2], chosen)
+        special = _SPECIAL_TABLES.get(match[2])
+        text = table(match[2], chosen) if special is None else special(chosen)
         return f"{match[1]}{text}{match[4]}"
 
     return _MARKED.sub(made, document)
@@ -98,6 +128,9 @@ def _number(value: float | None) -> str:
     if value is None:
         return ""
     return f"{value:,.0f}" if value >= 1000 else f"{value:.1f}" if value >= 100 else f"{value:.2f}"
+
+
+_SPECIAL_TABLES = {"bench_kernels": kernel_table, "bench_quality": quality_table}
 
 
 if __name__ == "__main__":

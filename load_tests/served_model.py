@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import os
 import re
 import subprocess
@@ -19,7 +20,7 @@ ROOT = Path(__file__).resolve().parents[1]
 END_SECONDS = 60.0
 """How long the launcher may take to end its server before it is killed; its watchdog then clears what is left."""
 TAIL_LINES = 40
-_READY = re.compile(r"ready after ([\d.]+) s.*gRPC +(\S+)\n.*Ctrl-C ends it", re.DOTALL)
+_READY = re.compile(r"ready after ([\d.]+) s.*HTTP +http://(\S+)\n +gRPC +(\S+)\n.*Ctrl-C ends it", re.DOTALL)
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -39,14 +40,15 @@ class CpuSeconds:
 
 
 class ServedModel:
-    """A started launcher. ``address`` (host:port, gRPC) and ``start_seconds`` are known once ``wait`` has returned.
+    """A started launcher. ``address`` (host:port, gRPC), ``http_address`` and ``start_seconds`` are known once ``wait``
+    has returned.
 
     Use it in a ``with`` statement, whose end ends the server, also when it is still starting.
     """
 
     def __init__(self, arguments: Sequence[str], environment: Mapping[str, str], folder: Path) -> None:
         """``arguments``: of the launcher; ``folder``: for logs."""
-        self.address = ""
+        self.address = self.http_address = ""
         self.start_seconds = 0.0
         self._output, self._log = folder / "launcher.txt", folder / "server.log"
         ports = ["--http-port=0", "--grpc-port=0", "--metrics-port=0"]
@@ -88,7 +90,7 @@ class ServedModel:
             print(complete[num_shown:], end="", flush=True)
             num_shown = len(complete)
             if match := _READY.search(text):
-                self.start_seconds, self.address = float(match[1]), match[2]
+                self.start_seconds, self.http_address, self.address = float(match[1]), match[2], match[3]
                 return
             if code is not None:
                 raise BenchFailed(f"the server could not start: its launcher ended with exit code {code}{self.tail()}")
@@ -106,14 +108,21 @@ class ServedModel:
 
     def cpu_seconds(self) -> CpuSeconds:
         used = {"server": 0.0, "doors": 0.0, "engine": 0.0}
-        for process in psutil.Process(self._process.pid).children(recursive=True):
-            try:
-                command, times = " ".join(process.cmdline()), process.cpu_times()
-            except psutil.Error:
-                continue
-            if kind := _kind(command):
-                used[kind] += times.user + times.system
+        for kind, processes in self.processes().items():
+            for process in processes:
+                with contextlib.suppress(psutil.Error):
+                    times = process.cpu_times()
+                    used[kind] += times.user + times.system
         return CpuSeconds(**used)
+
+    def processes(self) -> dict[str, list[psutil.Process]]:
+        """The launch's processes that live now, by kind: server, doors, engine."""
+        found: dict[str, list[psutil.Process]] = {"server": [], "doors": [], "engine": []}
+        for process in psutil.Process(self._process.pid).children(recursive=True):
+            with contextlib.suppress(psutil.Error):
+                if kind := _kind(" ".join(process.cmdline())):
+                    found[kind].append(process)
+        return found
 
 
 def environment_of_checkout() -> dict[str, str]:

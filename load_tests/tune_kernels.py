@@ -21,11 +21,13 @@ from typing import Any
 
 import torch
 from gpu_timing import graph_ms, matmul_rate, read_bandwidth
-from kernel_problems import LINEAR_SHAPES, Decode, Linear, Prefill
+from kernel_problems import LINEAR_SHAPES, Decode, Linear, Prefill, QuantizedLinear
 
 from trident_llm.kernels.decode_attention import DecodeConfig
 from trident_llm.kernels.matrix_vector import MatrixVectorConfig
 from trident_llm.kernels.prefill_attention import PrefillConfig
+from trident_llm.kernels.quantized_matmul import QuantizedConfig
+from trident_llm.kernels.quantized_vector import VectorConfig
 from trident_llm.kernels.skinny_matmul import SkinnyConfig
 
 _MAX_ERROR = 1e-2
@@ -46,6 +48,7 @@ def candidates() -> Iterator[Candidate]:
     yield from _decode()
     yield from _matrix_vector()
     yield from _skinny()
+    yield from _quantized()
 
 
 def _prefill() -> Iterator[Candidate]:
@@ -112,6 +115,35 @@ def _skinny() -> Iterator[Candidate]:
             fused = Linear(name, rows, silu=True)
             for config in silu:
                 yield Candidate("skinny", fused, ("skinny", SkinnyConfig(*config)))
+
+
+def _quantized() -> Iterator[Candidate]:
+    """Of the vector kernel outputs, warps, depth; of the other outputs, words, warps, stages, splits."""
+    vectors = {4096: [(16, 4, 4), (16, 2, 4), (16, 2, 8), (32, 2, 4), (32, 2, 2), (16, 1, 8), (32, 1, 4), (16, 4, 2)],
+               14336: [(16, 4, 7), (16, 4, 4), (16, 2, 7), (16, 2, 4), (32, 2, 4), (32, 4, 3)]}  # fmt: skip
+    tiles = [(64, 32, 4, 3), (64, 32, 4, 4), (128, 32, 4, 3), (128, 32, 8, 3), (256, 32, 8, 3)]
+    for name, rows in itertools.product(LINEAR_SHAPES, (1, 8, 16, 64, 128, 256)):
+        for silu in (False, True) if name == "gate_up" else (False,):
+            problem = QuantizedLinear(name, rows, silu=silu)
+            if rows <= 16:
+                for config in vectors[LINEAR_SHAPES[name][1]]:
+                    yield Candidate("quantized", problem, ("vector", VectorConfig(*config)))
+            if rows < 16 or name == "head":
+                continue
+            splits = ((8, 4, 2) if rows <= 128 else (4, 2)) if name in ("qkv", "o", "down") else (1,)
+            for (outputs, words, warps, stages), parts in itertools.product(tiles, splits):
+                for tile_rows in (64, 128, 256) if rows > 64 else (rows,):
+                    if tile_rows <= rows and outputs * tile_rows <= 256 * 128:
+                        shape = QuantizedConfig(outputs, tile_rows, words, warps, stages, 0, parts)
+                        yield Candidate("quantized", problem, ("quantized", shape))
+    for bits, name, rows in itertools.product((8, 5), LINEAR_SHAPES, (1, 64)):
+        problem = QuantizedLinear(name, rows, bits=bits)
+        if rows == 1 and bits == 8:
+            for config in ((16, 4, 4), (16, 4, 7), (16, 2, 8), (16, 8, 2), (16, 8, 4)):
+                yield Candidate("quantized", problem, ("vector", VectorConfig(*config)))
+        else:
+            yield Candidate("quantized", problem, ("quantized", QuantizedConfig(64, max(rows, 16), 32, 4, 4)))
+    yield Candidate("quantized", QuantizedLinear("gate_up", 1), ("unpack", None))
 
 
 def _owner(candidate: Candidate) -> int:

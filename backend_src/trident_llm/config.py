@@ -12,6 +12,7 @@ from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import Any
 
+from .adapters.spec import parse_adapter_list
 from .errors import BadRequest
 from .protocol import Limits
 
@@ -77,11 +78,13 @@ class EngineConfig:
         0.0, "seconds a request may wait for its first step; 0: no limit", minimum=0.0
     )
     step_timeout: float = setting(
-        0.0, "seconds after which a step counts as hung and the engine is restarted; 0: never", minimum=0.0,
-        available=False,
+        600.0, "seconds after which a step counts as hung and the engine is restarted; 0: never", minimum=0.0
+    )
+    max_engine_failures: int = setting(
+        3, "times in a row the engine may end without having completed a step; then it stays down", minimum=1
     )
     drain_timeout: float = setting(
-        0.0, "seconds running requests may take to finish at shutdown", minimum=0.0, available=False
+        2.0, "seconds that running requests may take to finish when the server or the model llm ends", minimum=0.0
     )
     max_n: int = setting(16, "hard cap of the request option n", minimum=1, maximum=1024)
     max_stop_strings: int = setting(16, "hard cap on stop strings, and on stop_token_ids", minimum=0, maximum=1024)
@@ -90,29 +93,57 @@ class EngineConfig:
     admin_token: str = setting(
         "", "secret that llm_admin asks for; required when the server listens beyond loopback"
     )
-    adapters: str = setting("", "LoRA adapters to load: name=path, ...", available=False)
-    adapter_root: str = setting("", "folder that hot-loaded adapters must lie in", available=False)
-    allow_hub_adapters: bool = setting(False, "adapters may be Hugging Face ids", available=False)
-    max_loras: int = setting(8, "LoRA slots on the device", minimum=1, available=False)
-    max_cpu_loras: int = setting(32, "LoRA adapters kept in host memory", minimum=1, available=False)
-    max_lora_rank: int = setting(64, "largest LoRA rank", minimum=1, available=False)
-    xlora: str = setting("", "folder of an X-LoRA model", available=False)
+    adapters: str = setting("", "LoRA adapters to load at the start: name=path, ... in PEFT's format")
+    adapter_root: str = setting("", "folder below which adapters may be loaded while serving; empty: none may")
+    allow_hub_adapters: bool = setting(False, "adapters may be Hugging Face ids")
+    max_loras: int = setting(8, "adapters on the device, and so in one step", minimum=1, maximum=1024)
+    max_cpu_loras: int = setting(32, "adapters kept in host memory, at least max_loras; others on disk", minimum=1)
+    max_lora_rank: int = setting(64, "largest rank of an adapter; each slot has room for it", minimum=1, maximum=1024)
+    xlora: str = setting("", "folder of an X-LoRA mix to load at the start")
     routing_method: str = setting(
-        "learned", "how X-LoRA weighs its adapters", choices=("learned", "static"), available=False
+        "learned",
+        "how a mix weighs its adapters; learned: its classifier does, per token; static: all alike, in one pass",
+        choices=("learned", "static"),
     )
-    top_k_adapters: int = setting(0, "adapters per token; 0: all", minimum=0, available=False)
-    scaling_factor: float = setting(1.0, "factor on X-LoRA's weights", available=False)
+    top_k_adapters: int | None = setting(
+        None, "adapters of a mix per token and module; 0: all; empty: as the mix says", minimum=0
+    )
+    scaling_factor: float | None = setting(None, "factor on the adapters of a mix; empty: as the mix says")
     freeze_after: int = setting(
-        0, "output tokens after which X-LoRA weights stay; 0: never", minimum=0, available=False
+        0, "output tokens after which a sequence's scalings stay, and one pass is enough; 0: never", minimum=0
     )
     isq_method: str = setting(
-        "none", "quantization while loading", choices=("awq", "gptq", "rtn", "smoothquant", "none"), available=False
+        "none",
+        "quantization of the weights while they load: rtn, awq and gptq in 4, 5, 6 or 8 bits with activations as they "
+        "are; smoothquant (int8) and fp8 with activations in 8 bits too",
+        choices=("rtn", "awq", "gptq", "smoothquant", "fp8", "none"),
     )
-    isq_bits: int = setting(4, "bits per weight", minimum=4, maximum=8, available=False)
-    isq_group_size: str = setting("auto", "weights that share a scale, or auto", available=False)
-    isq_layers: str = setting("", "rules by layer range or module name", available=False)
-    isq_calibration: str = setting("", "text or JSONL file for calibration", available=False)
-    isq_max_loss: float = setting(0.0, "largest loss on held-out text; 0: no search", minimum=0.0, available=False)
+    isq_bits: int | None = setting(
+        None, "bits per weight; empty: 4, or 8 where the method has no other", minimum=4, maximum=8
+    )
+    isq_group_size: str = setting(
+        "auto",
+        "inputs that share a scale; auto: the largest of 128, 64, 32 that divides every layer's inputs; channel: all",
+        choices=("auto", "32", "64", "128", "channel"),
+    )
+    isq_layers: str = setting(
+        "",
+        "exceptions, the last that matches wins: LAYERS=METHOD:BITS:GROUP; ... with LAYERS a number, a range (0-3) or "
+        "a regular expression on names; METHOD may be none",
+    )
+    isq_calibration: str = setting(
+        "", "text, or JSONL of texts or chats, that awq, gptq and smoothquant calibrate on; empty: the one that ships"
+    )
+    isq_calibration_samples: int = setting(64, "pieces of that text", minimum=1, maximum=65536)
+    isq_calibration_length: int = setting(512, "tokens of a piece", minimum=16, maximum=65536)
+    isq_max_loss: float = setting(
+        0.0,
+        "largest relative increase of perplexity on held-out pieces of that text; bits are then chosen for each layer "
+        "so that memory is least; 0: isq_bits everywhere",
+        minimum=0.0,
+        maximum=10.0,
+    )
+    isq_cache: bool = setting(True, "keep quantized weights on disk, so that the next start reads them in seconds")
     tensor_parallel_size: int = setting(1, "GPUs that share the model", minimum=1, available=False)
     speculative: str = setting("", "speculative decoding", available=False)
 
@@ -126,6 +157,7 @@ class EngineConfig:
                 f"max_num_batched_tokens: {self.max_num_batched_tokens} is less than max_num_seqs "
                 f"({self.max_num_seqs}); every running sequence needs one token a step"
             )
+        self._check_adapters()
 
     @classmethod
     def from_parameters(cls, parameters: Mapping[str, str]) -> EngineConfig:
@@ -138,6 +170,26 @@ class EngineConfig:
             if text.strip():
                 values[key] = _parse(fields[key], text.strip())
         return cls(**values)
+
+    @property
+    def serves_adapters(self) -> bool:
+        """Whether there must be room for adapters."""
+        return bool(self.adapters or self.adapter_root or self.allow_hub_adapters or self.xlora)
+
+    @property
+    def num_adapter_slots(self) -> int:
+        return self.max_loras if self.serves_adapters else 0
+
+    def _check_adapters(self) -> None:
+        try:
+            parse_adapter_list(self.adapters)
+        except ValueError as error:
+            raise BadRequest(f"adapters: {error}; give name=path, name=path, ...") from None
+        if self.max_cpu_loras < self.max_loras:
+            raise BadRequest(
+                f"max_cpu_loras: {self.max_cpu_loras} is less than max_loras ({self.max_loras}), which pass through "
+                "host memory"
+            )
 
     @property
     def limits(self) -> Limits:

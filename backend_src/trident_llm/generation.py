@@ -52,10 +52,17 @@ class Generation:
         """Why the request failed. Set once; the samples then have finish_reason "error"."""
         self.needs_resubmit = False
         """Tokens were lost on the way: call ``submit`` and send what it returns."""
+        self._adapter = options.adapter
+        self._xlora = options.xlora
         self._base_id = request_id
         self._num_submits = 0
         automaton = StopAutomaton(options.stop)
         self.samples = [Sample(index, self, tokenizer, automaton) for index in range(options.n)]
+
+    @property
+    def was_submitted(self) -> bool:
+        """Whether it has been with an engine before."""
+        return self._num_submits > 0
 
     @property
     def finished(self) -> bool:
@@ -80,7 +87,11 @@ class Generation:
             samples=starts,
             priority=self.options.request_priority,
             cache_salt=self.options.cache_salt,
-            adapter=self.options.adapter,
+            adapter=self._adapter,
+            xlora=self._xlora,
+            xlora_top_k=self.options.xlora_top_k,
+            xlora_temperature=self.options.xlora_temperature,
+            return_scalings=self.options.return_scalings,
         )
 
     def apply(self, delta: Delta) -> list[Abort]:
@@ -101,6 +112,10 @@ class Generation:
             self.needs_resubmit = True
             return [Abort(request_id=self.request_id)]
         self.num_cached_tokens = self.num_cached_tokens or delta.num_cached_tokens
+        if delta.offset == 0 and not sample.token_ids:
+            # What it began with it goes on with, whatever is loaded in the meantime.
+            self._adapter = delta.adapter
+            self._xlora = None if delta.adapter else False
         sample.append(delta)
         if sample.finish_reason is not None and delta.finish_reason is None:
             return [Abort(request_id=self.request_id, sample_index=sample.index)]
@@ -154,6 +169,8 @@ class Sample:
         self._pieces: list[str] = []
         self._logprobs: list[TokenLogprobs] = []
         self._cumulative_logprob = 0.0
+        self._scaling_sums: dict[str, float] = {}
+        self._num_scalings = 0
         self._num_taken_tokens = 0
         self._num_taken_pieces = 0
         self._finish_taken = False
@@ -167,6 +184,7 @@ class Sample:
             if delta.logprobs is not None:
                 self._logprobs.append(delta.logprobs[position])
                 self._cumulative_logprob += delta.logprobs[position].logprob
+            self._add_scalings(delta.scalings)
             if delta.stopped_by_token and position == len(delta.token_ids) - 1:
                 break
             text = self._detokenizer.push(delta.token_ids[position])
@@ -208,7 +226,13 @@ class Sample:
             num_input_tokens=len(self._generation.prompt_ids),
             num_output_tokens=len(self.token_ids),
             num_cached_tokens=self._generation.num_cached_tokens,
+            scalings={name: total / self._num_scalings for name, total in self._scaling_sums.items()} or None,
         )
+
+    def _add_scalings(self, scalings: dict[str, float] | None) -> None:
+        for name, scaling in (scalings or {}).items():
+            self._scaling_sums[name] = self._scaling_sums.get(name, 0.0) + scaling
+        self._num_scalings += scalings is not None
 
     def _show(self, text: str) -> None:
         if text:

@@ -13,6 +13,7 @@ import functools
 import itertools
 import queue
 import threading
+import time
 from collections.abc import AsyncIterator, Callable, Iterator
 from concurrent.futures import Future
 from dataclasses import dataclass
@@ -25,8 +26,10 @@ from .engine.engine import EngineCore
 from .errors import EngineFailed, TridentError
 from .generation import Generation, Output
 from .options import RequestOptions
+from .protocol import Delta
 from .text import Tokenizer
 
+_COMMAND_POLL_SECONDS = 0.005
 _END = None
 """Ends the inbox."""
 
@@ -145,6 +148,26 @@ class Engine:
             return self._core.stats()
         return self._post(self._core.stats).result()
 
+    def load_adapter(self, name: str, path: str, *, pinned: bool = False) -> dict[str, Any]:
+        """Load a LoRA adapter, or put it in another's place: requests from now on get it. Returns what it is.
+
+        ``path`` is a folder below the setting ``adapter_root``. Raises BadRequest, NotFound or LoadFailed, and then
+        nothing has changed.
+        """
+        return self._run_command("load_adapter", {"name": name, "path": path, "pinned": pinned})
+
+    def load_xlora(self, path: str, name: str = "xlora") -> dict[str, Any]:
+        """Load an X-LoRA mix and its members, or put it in another's place; the one named xlora is the default."""
+        return self._run_command("load_xlora", {"path": path, "name": name})
+
+    def unload_adapter(self, name: str) -> dict[str, Any]:
+        """Take an adapter's name away; requests that run with it keep it to their end. Raises NotFound."""
+        return self._run_command("unload_adapter", {"name": name})
+
+    def list_adapters(self) -> dict[str, Any]:
+        """All loaded adapters."""
+        return self._run_command("list_adapters", {})
+
     def check_integrity(self) -> None:
         """Raise AssertionError unless every KV block is accounted for."""
         self._post(self._core.check_integrity).result()
@@ -153,6 +176,7 @@ class Engine:
         """Cancel what runs and end the engine's thread. Safe to call twice."""
         self._inbox.put(_END)
         self._thread.join()
+        self._core.close()
 
     def __enter__(self) -> Engine:
         return self
@@ -201,6 +225,18 @@ class Engine:
         for abort in aborts:
             self._post(functools.partial(self._core.abort, abort.request_id, abort.sample_index))
 
+    def _run_command(self, command: str, arguments: dict[str, Any]) -> dict[str, Any]:
+        result = self._post(functools.partial(self._core.run_command, command, arguments)).result()
+        while not result.done():
+            # The engine's thread takes over what has been read; when it is idle somebody must tell it to look.
+            self._post(self._poll).result()
+            time.sleep(_COMMAND_POLL_SECONDS)
+        answer: dict[str, Any] = result.result()
+        return answer
+
+    def _poll(self) -> None:
+        self._route(self._core.poll())
+
     def _post(self, function: Callable[[], Any]) -> Future[Any]:
         """Have the engine's thread do something between two steps."""
         action = _Action(function, Future())
@@ -235,8 +271,11 @@ class Engine:
             block = False
 
     def _deliver(self) -> None:
+        self._route(self._core.step())
+
+    def _route(self, deltas: list[Delta]) -> None:
         notified: dict[str, Callable[[], None]] = {}
-        for delta in self._core.step():
+        for delta in deltas:
             with self._lock:
                 generation, notify = self._generations.get(delta.request_id, (None, None))
                 if generation is None or notify is None:

@@ -17,6 +17,7 @@ from typing import Any
 
 import msgspec
 
+from .adapters.spec import parse_spec
 from .protocol import Limits
 
 MAX_STOP_CHARS = 1024
@@ -129,6 +130,13 @@ def name(value: object, bounds: Bounds) -> str:
     text = _text(value)
     if len(text) > _MAX_NAME_CHARS:
         raise ValueError(f"{len(text)} characters")
+    return text
+
+
+def adapter_spec(value: object, bounds: Bounds) -> str:
+    """The name of an adapter or a blend of several; whether they are loaded is the engine's business."""
+    text = name(value, bounds)
+    parse_spec(text)
     return text
 
 

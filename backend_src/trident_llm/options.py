@@ -12,6 +12,7 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
+from .adapters.spec import SPEC_RULE
 from .errors import BadRequest
 from .option_values import (
     BOUND_NAMES,
@@ -19,6 +20,7 @@ from .option_values import (
     MAX_STOP_CHARS,
     Bounds,
     Reader,
+    adapter_spec,
     boolean,
     chat_messages,
     integer,
@@ -152,8 +154,21 @@ class RequestOptions:
     timeout: float | None = option(
         None, "float", number(0), "a number of seconds of at least 0; 0: none", "cancel the request after this time"
     )
-    adapter: str = option("", "str", name, "the name of a loaded adapter", "LoRA adapter", available=False)
-    xlora: bool = flag(False, "mix the adapters of the X-LoRA model", available=False)
+    adapter: str = option(
+        "", "str", adapter_spec, SPEC_RULE, "loaded adapters to answer with: one, or several with fixed weights"
+    )
+    xlora: bool | None = option(
+        None, "bool", boolean, _BOOLEAN,
+        "answer with the X-LoRA mix. Default: when one is loaded and adapter names nothing",
+    )
+    xlora_top_k: int | None = option(
+        None, "int", integer(0), "an integer of at least 0, at most the mix's adapters; 0: all",
+        "adapters of the mix per token and module. Default: top_k_adapters",
+    )
+    xlora_temperature: float | None = option(
+        None, "float", number(0.01, 100), "a number from 0.01 to 100", "of the mix's softmax. Default: the mix's own"
+    )
+    return_scalings: bool = flag(False, "output scalings: JSON, mean scaling by adapter of the mix; null without one")
 
     @classmethod
     def parse(

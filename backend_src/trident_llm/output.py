@@ -49,6 +49,9 @@ class Output:
     """Tokens of this sample so far, this output's included."""
     num_cached_tokens: int
     """Prompt tokens that came from the prefix cache."""
+    scalings: dict[str, float] | None = None
+    """Of the adapters of an X-LoRA mix, averaged over modules and this sample's tokens so far; None unless the option
+    ``return_scalings`` is set and there is a mix."""
 
 
 def logprobs_json(positions: Sequence[PositionLogprobs] | None) -> str:

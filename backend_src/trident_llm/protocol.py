@@ -63,6 +63,13 @@ class Submit(msgspec.Struct, frozen=True, kw_only=True, tag="submit"):
     cache_salt: str = ""
     """Prefix-cache blocks are shared only between requests with equal salts."""
     adapter: str = ""
+    """A name or a blend of several, see ``adapters.spec``; resubmitted with the generations it began with."""
+    xlora: bool | None = None
+    """Take the X-LoRA mix; None: if there is one and ``adapter`` is empty."""
+    xlora_top_k: int | None = None
+    """0: all adapters; None: as settings and mix say."""
+    xlora_temperature: float | None = None
+    return_scalings: bool = False
 
 
 class Abort(msgspec.Struct, frozen=True, kw_only=True, tag="abort"):
@@ -73,7 +80,7 @@ class Abort(msgspec.Struct, frozen=True, kw_only=True, tag="abort"):
 
 
 class Command(msgspec.Struct, frozen=True, kw_only=True, tag="command"):
-    """An administrative call: ``stats``, ``config`` or ``health``."""
+    """An administrative call: ``stats``, ``config``, ``health``, or one of ``adapters.commands``."""
 
     command_id: int
     command: str
@@ -87,7 +94,9 @@ class Hello(msgspec.Struct, frozen=True, kw_only=True, tag="hello"):
 
 
 class Shutdown(msgspec.Struct, frozen=True, kw_only=True, tag="shutdown"):
-    """Abort everything and end the engine process."""
+    """End the engine process: take no new requests, and give those that run this many seconds to finish."""
+
+    drain_timeout: float = 0.0
 
 
 ToEngine = Hello | Submit | Abort | Command | Shutdown
@@ -123,6 +132,10 @@ class Delta(msgspec.Struct, kw_only=True):
     """With finish_reason "error": the text, starting with its code."""
     num_cached_tokens: int = 0
     """Prompt tokens that came from the prefix cache."""
+    adapter: str = ""
+    """With offset 0: the request's adapters or mix, with generations."""
+    scalings: dict[str, float] | None = None
+    """Of the token's adapters, averaged over modules; None unless they are wanted and there is a mix."""
 
 
 class StepDeltas(msgspec.Struct, frozen=True, kw_only=True, tag="deltas"):

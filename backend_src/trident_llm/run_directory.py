@@ -14,6 +14,7 @@ from typing import Literal, TypeVar
 
 import msgspec
 
+from .deaths import Deaths
 from .errors import LoadFailed
 
 T = TypeVar("T")
@@ -50,9 +51,10 @@ class RunDirectory:
         self.socket_path = path / "engine.sock"
         self.watch_lock_path = path / "engine.lock"
         self.owners_lock_path = path / "owners.lock"
+        self.board_path = path / "steps.bin"
         self._launch_path = path / "engine.json"
         self._status_path = path / "status.json"
-        self._failures_path = path / "failures.json"
+        self._deaths_path = path / "deaths.json"
         if len(os.fsencode(self.socket_path)) > MAX_SOCKET_PATH:
             raise LoadFailed(
                 f"the socket path {str(self.socket_path)!r} is longer than {MAX_SOCKET_PATH} bytes; "
@@ -101,14 +103,14 @@ class RunDirectory:
     def is_final(self, status: EngineStatus) -> bool:
         """Whether ``status`` is a failure after which nothing is tried again: the engine could not be loaded in
         the first place, or it was restarted too often."""
-        return status.state == "failed" and (status.pid == GAVE_UP or not self.read_failures())
+        return status.state == "failed" and (status.pid == GAVE_UP or not self.read_deaths().total)
 
-    def write_failures(self, times: list[float]) -> None:
-        """``times``: when the engine ended unasked, in seconds since the epoch."""
-        _replace(self._failures_path, msgspec.json.encode(times))
+    def write_deaths(self, deaths: Deaths) -> None:
+        """For the engine while it lives, and for the watch over it while it does not."""
+        _replace(self._deaths_path, msgspec.json.encode(deaths))
 
-    def read_failures(self) -> list[float]:
-        return _read(self._failures_path, list[float]) or []
+    def read_deaths(self) -> Deaths:
+        return _read(self._deaths_path, Deaths) or Deaths()
 
     def remove_stale_siblings(self) -> None:
         """Delete folders of servers that are gone."""

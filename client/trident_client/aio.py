@@ -17,6 +17,7 @@ from .results import Chunk, Completion
 from .retry import RetryPolicy
 from .wire import (
     CHANNEL_OPTIONS,
+    ERROR_END_SECONDS,
     AnswerDecoder,
     Message,
     OptionValue,
@@ -102,6 +103,28 @@ class AsyncTridentClient:
         """The state of the engine, whatever the Triton server thinks of its models."""
         return await self.admin("health")
 
+    async def load_adapter(
+        self, name: str, path: str, *, pinned: bool = False, timeout: float | None = None
+    ) -> dict[str, Any]:
+        """Load a LoRA adapter, or put it in the place of the one that has its name: requests from now on get it.
+
+        ``path``: a folder below the server's setting ``adapter_root``, or a Hugging Face id where it allows them.
+        ``pinned``: the last to leave the device when it is not in use. A failed load changes nothing.
+        """
+        return await self.admin("load_adapter", timeout=timeout, name=name, path=path, pinned=pinned)
+
+    async def load_xlora(self, path: str, *, name: str = "xlora", timeout: float | None = None) -> dict[str, Any]:
+        """Load an X-LoRA mix with its members; requests use the one named ``xlora`` unless they say otherwise."""
+        return await self.admin("load_xlora", timeout=timeout, path=path, name=name)
+
+    async def unload_adapter(self, name: str, *, timeout: float | None = None) -> dict[str, Any]:
+        """Take an adapter's name away; requests that run with it keep it to their end."""
+        return await self.admin("unload_adapter", timeout=timeout, name=name)
+
+    async def list_adapters(self, *, timeout: float | None = None) -> dict[str, Any]:
+        """The loaded adapters, and the number of slots on the device."""
+        return await self.admin("list_adapters", timeout=timeout)
+
     async def is_ready(self, timeout: float = 5.0) -> bool:
         """Whether a request would be taken now: the server, the model and, where the admin door tells, the engine.
 
@@ -166,12 +189,16 @@ class AsyncTridentClient:
             async for response in call:
                 for chunk in decoder.decode(response):
                     yield chunk
+                if decoder.error is not None:
+                    asyncio.get_running_loop().call_later(ERROR_END_SECONDS, call.cancel)
         except grpc.RpcError as error:
-            raise from_rpc(error, self.url) from None
+            raise decoder.error or from_rpc(error, self.url) from None
         except asyncio.CancelledError:
             task = asyncio.current_task()
             if task is not None and task.cancelling():
                 raise
+            if decoder.error is not None:
+                raise decoder.error from None
             # gRPC says CancelledError, too, when the call ended because the client was closed.
             raise Cancelled(f"the client of {self.url} was closed") from None
         finally:

@@ -1,4 +1,4 @@
-"""The command ``trident``: generate, chat and stats against a running server."""
+"""The command ``trident``: generate, chat, stats, adapters with a running server; quantize and estimate without."""
 
 from __future__ import annotations
 
@@ -15,7 +15,9 @@ from contextlib import closing, suppress
 from typing import Any
 
 from .chat import Chat
+from .cli_adapters import add_adapter_commands
 from .cli_options import add_options, given_options
+from .cli_weights import add_weights_commands
 from .client import TridentClient
 from .errors import BadRequest, Overloaded, TridentError
 from .results import Completion
@@ -35,6 +37,8 @@ def main(argv: Sequence[str] | None = None) -> int:
     arguments = _parser().parse_args(argv)
     _never_fail_on_text()
     try:
+        if hasattr(arguments, "run_locally"):
+            return int(arguments.run_locally(arguments))
         with TridentClient(arguments.url, arguments.model, admin_token=arguments.admin_token) as client:
             code: int = arguments.run(client, arguments)
         return code
@@ -74,6 +78,8 @@ def _parser() -> argparse.ArgumentParser:
     stats = _command(commands, "stats", "print the engine's statistics", _stats)
     stats.add_argument("--json", action="store_true", help="print them as JSON")
     stats.add_argument("--admin-token", default="", metavar="TEXT", help="the server's admin_token, where it has one")
+    add_adapter_commands(commands, _command)
+    add_weights_commands(commands, _EXIT_CODES)
     return parser
 
 

@@ -16,12 +16,15 @@ _NUMBERS = {
     "presence_penalty": "on tokens that the output has",
     "frequency_penalty": "on tokens, times how often the output has them",
     "repetition_penalty": "on tokens that prompt or output have",
+    "xlora_top_k": "adapters of the mix per token and module",
+    "xlora_temperature": "of the mix's softmax",
     "logprobs": "log-probabilities of this many most likely tokens at each position",
     "request_priority": "lower runs first",
 }
 _TEXTS = {
     "stop_token_ids": "token ids that end the answer, as a JSON list",
     "logit_bias": "token id to bias, as a JSON object",
+    "adapter": "answer with this LoRA adapter, or with a blend: NAME:WEIGHT,NAME:WEIGHT",
     "cache_salt": "share cached prefixes only with requests of the same salt",
 }
 
@@ -35,10 +38,11 @@ def add_options(parser: argparse.ArgumentParser) -> None:
         _add(group, name, metavar="TEXT", help=meaning)
     _add(group, "stop", action="append", metavar="TEXT", help="text that ends the answer; may be repeated")
     _add(group, "ignore_eos", action=argparse.BooleanOptionalAction, help="go on after the end of sequence")
+    _add(group, "xlora", action=argparse.BooleanOptionalAction, help="answer with the server's X-LoRA mix")
     group.add_argument(
         "--option",
         action="append",
-        type=_assignment,
+        type=assignment,
         default=[],
         metavar="NAME=VALUE",
         help="any other request option; may be repeated",
@@ -47,7 +51,7 @@ def add_options(parser: argparse.ArgumentParser) -> None:
 
 def given_options(arguments: argparse.Namespace) -> dict[str, Any]:
     """The request options that were given."""
-    names = [*_NUMBERS, *_TEXTS, "stop", "ignore_eos"]
+    names = [*_NUMBERS, *_TEXTS, "stop", "ignore_eos", "xlora"]
     options = {name: getattr(arguments, name) for name in names if hasattr(arguments, name)}
     return {**options, **dict(arguments.option)}
 
@@ -66,7 +70,8 @@ def _number(text: str) -> int | float | str:
     return text
 
 
-def _assignment(text: str) -> tuple[str, str]:
+def assignment(text: str) -> tuple[str, str]:
+    """NAME=VALUE as a pair; an argparse type."""
     name, sign, value = text.partition("=")
     if not (name and sign):
         raise argparse.ArgumentTypeError(f"{text!r} is not NAME=VALUE")

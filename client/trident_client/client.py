@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import threading
 import time
 from collections.abc import Generator, Sequence
 from contextlib import closing
@@ -16,6 +17,7 @@ from .results import Chunk, Completion
 from .retry import RetryPolicy
 from .wire import (
     CHANNEL_OPTIONS,
+    ERROR_END_SECONDS,
     AnswerDecoder,
     Message,
     OptionValue,
@@ -111,6 +113,28 @@ class TridentClient:
         """The state of the engine, whatever the Triton server thinks of its models."""
         return self.admin("health")
 
+    def load_adapter(
+        self, name: str, path: str, *, pinned: bool = False, timeout: float | None = None
+    ) -> dict[str, Any]:
+        """Load a LoRA adapter, or put it in the place of the one that has its name: requests from now on get it.
+
+        ``path``: a folder below the server's setting ``adapter_root``, or a Hugging Face id where it allows them.
+        ``pinned``: the last to leave the device when it is not in use. A failed load changes nothing.
+        """
+        return self.admin("load_adapter", timeout=timeout, name=name, path=path, pinned=pinned)
+
+    def load_xlora(self, path: str, *, name: str = "xlora", timeout: float | None = None) -> dict[str, Any]:
+        """Load an X-LoRA mix with its members; requests use the one named ``xlora`` unless they say otherwise."""
+        return self.admin("load_xlora", timeout=timeout, path=path, name=name)
+
+    def unload_adapter(self, name: str, *, timeout: float | None = None) -> dict[str, Any]:
+        """Take an adapter's name away; requests that run with it keep it to their end."""
+        return self.admin("unload_adapter", timeout=timeout, name=name)
+
+    def list_adapters(self, *, timeout: float | None = None) -> dict[str, Any]:
+        """The loaded adapters, and the number of slots on the device."""
+        return self.admin("list_adapters", timeout=timeout)
+
     def is_ready(self, timeout: float = 5.0) -> bool:
         """Whether a request would be taken now: the server, the model and, where the admin door tells, the engine.
 
@@ -158,16 +182,23 @@ class TridentClient:
         call = self._stub.ModelStreamInfer(iter((request,)), timeout=deadline.remaining())
         decoder = AnswerDecoder()
         failure = None
+        timer = threading.Timer(ERROR_END_SECONDS, call.cancel)
+        timer.daemon = True
         try:
             for response in call:
                 yield from decoder.decode(response)
+                if decoder.error is not None and not timer.is_alive():
+                    timer.start()
         except grpc.RpcError as error:
-            failure = from_rpc(error.with_traceback(None), self.url)
+            failure = decoder.error or from_rpc(error.with_traceback(None), self.url)
         finally:
+            timer.cancel()
+            if timer.is_alive():
+                timer.join()
             call.cancel()
             # No error that a caller keeps may refer to the call: gRPC's error is the call itself, and a call that is
             # destroyed at the interpreter's exit can wait for ever for a lock of gRPC's thread, which is dead by then.
-            del call
+            del call, timer
         if failure is not None:
             raise failure
         decoder.check_complete()

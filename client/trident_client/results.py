@@ -26,6 +26,8 @@ class Chunk:
     num_output_tokens: int | None = None
     num_cached_tokens: int | None = None
     """Input tokens that came from the prefix cache (option ``return_num_cached_tokens``)."""
+    scalings: dict[str, float] | None = None
+    """Mean scaling so far of each adapter of an X-LoRA mix (option ``return_scalings``)."""
     cumulative_logprob: float | None = None
     """Sum of the log-probabilities of the sample's tokens so far (option ``logprobs``)."""
     logprobs: list[Any] | None = None
@@ -41,6 +43,7 @@ class Sample:
     num_output_tokens: int | None
     cumulative_logprob: float | None
     logprobs: list[Any] | None
+    scalings: dict[str, float] | None = None
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -80,10 +83,11 @@ class Completion:
 
 
 def _join(chunks: list[Chunk]) -> Sample:
-    reason, cumulative = None, None
+    reason, cumulative, scalings = None, None, None
     for chunk in chunks:
         reason = _latest(reason, chunk.finish_reason)
         cumulative = _latest(cumulative, chunk.cumulative_logprob)
+        scalings = _latest(scalings, chunk.scalings)
     counts = [chunk.num_output_tokens for chunk in chunks if chunk.num_output_tokens is not None]
     logprobs = [chunk.logprobs for chunk in chunks if chunk.logprobs is not None]
     return Sample(
@@ -92,6 +96,7 @@ def _join(chunks: list[Chunk]) -> Sample:
         num_output_tokens=sum(counts) if counts else None,
         cumulative_logprob=cumulative,
         logprobs=[entry for part in logprobs for entry in part] if logprobs else None,
+        scalings=scalings,
     )
 
 

@@ -10,7 +10,7 @@ from typing import Any
 import numpy as np
 from tritonclient.grpc import InferResult, service_pb2
 
-from .errors import BadRequest, EngineFailed, parse_error
+from .errors import BadRequest, EngineFailed, TridentError, parse_error
 from .results import Chunk
 
 Message = Mapping[str, Any]
@@ -24,6 +24,8 @@ CHANNEL_OPTIONS = [
     ("grpc.initial_reconnect_backoff_ms", 100),
     ("grpc.max_reconnect_backoff_ms", 1000),
 ]
+ERROR_END_SECONDS = 1.0
+"""How long a stream may take to end after an error before it is cancelled."""
 _DEFAULT_OPTIONS = ("return_finish_reason", "return_num_input_tokens", "return_num_output_tokens")
 _LOGPROB_OPTIONS = ("return_logprobs", "return_cumulative_logprob")
 _RESERVED = {
@@ -98,23 +100,31 @@ def admin_result(response: service_pb2.ModelInferResponse) -> dict[str, Any]:
 
 
 class AnswerDecoder:
-    """Turns the responses of one generation into chunks; ``complete`` once the server has said so."""
+    """Turns the responses of one generation into chunks; ``complete`` once the server has said so.
+
+    A response that carries an error sets ``error``. The stream is then to be read to its end, which is near: the
+    server keeps the memory of a request whose stream is cancelled after an error.
+    """
 
     def __init__(self) -> None:
         self.complete = False
+        self.error: TridentError | None = None
         self._finished: set[int] = set()
 
     def decode(self, response: service_pb2.ModelStreamInferResponse) -> list[Chunk]:
-        """The news of one response: none when it was only a sign of life. Raises the error that it carries."""
+        """The news of one response: none when it was only a sign of life."""
         if response.error_message:
-            raise parse_error(response.error_message)
+            self.error = self.error or parse_error(response.error_message)
+            return []
         answer = response.infer_response
         final = answer.parameters.get("triton_final_response")
         self.complete = final is not None and final.bool_param
         return [chunk for chunk in _chunks(InferResult(answer)) if self._is_news(chunk)]
 
     def check_complete(self) -> None:
-        """Raise ``EngineFailed`` when the stream ended before its last response."""
+        """Raise the error that came, or ``EngineFailed`` when the stream ended before its last response."""
+        if self.error is not None:
+            raise self.error
         if not self.complete:
             raise EngineFailed("the stream ended before the answer did")
 
@@ -131,6 +141,7 @@ def _chunks(result: InferResult) -> list[Chunk]:
     texts = _texts(result, "text_output")
     reasons = [text if text not in ("", "None") else None for text in _texts(result, "finish_reason")]
     logprobs = [json.loads(text) for text in _texts(result, "logprobs")]
+    scalings = [json.loads(text) for text in _texts(result, "scalings")]
     return [
         Chunk(
             text=text,
@@ -141,6 +152,7 @@ def _chunks(result: InferResult) -> list[Chunk]:
             num_cached_tokens=_at(_numbers(result, "num_cached_tokens"), index),
             cumulative_logprob=_at(_numbers(result, "cumulative_logprob"), index),
             logprobs=_at(logprobs, index),
+            scalings=_at(scalings, index),
         )
         for index, text in enumerate(texts)
     ]

@@ -1,5 +1,6 @@
 """Requests and answers as protobuf messages."""
 
+import asyncio
 import json
 from typing import Any
 
@@ -7,7 +8,7 @@ import numpy as np
 import pytest
 
 from tests.fakes.fake_triton import Fail, FakeTriton
-from trident_client import BadRequest, Chunk, Completion, EngineFailed, NotFound, TridentClient
+from trident_client import AsyncTridentClient, BadRequest, Chunk, Completion, EngineFailed, NotFound, TridentClient
 from trident_client.wire import admin_request, check_url, generate_request
 
 
@@ -181,3 +182,34 @@ def test_an_error_text_may_stand_inside_another():
     with FakeTriton(Fail(text)) as server, TridentClient(server.url) as client, pytest.raises(BadRequest) as caught:
         client.generate("Hi", stream=False)
     assert str(caught.value) == "[INVALID_ARG] max_tokens: 0 is not allowed"
+
+
+def test_a_stream_that_failed_is_read_to_its_end():
+    with FakeTriton(Fail("[INVALID_ARG] no")) as server:
+        with TridentClient(server.url) as client, pytest.raises(BadRequest):
+            client.generate("Hi", stream=False)
+        assert server.generations[0].served.wait(1.0)
+
+        async def ask() -> None:
+            async with AsyncTridentClient(server.url) as client:
+                with pytest.raises(BadRequest):
+                    await client.generate("Hi", stream=False)
+
+        asyncio.run(ask())
+        assert server.generations[1].served.wait(1.0)
+
+
+def test_a_stream_that_does_not_end_after_an_error_is_cancelled(monkeypatch: pytest.MonkeyPatch):
+    monkeypatch.setattr("trident_client.client.ERROR_END_SECONDS", 0.05)
+    monkeypatch.setattr("trident_client.aio.ERROR_END_SECONDS", 0.05)
+    with FakeTriton(Fail("[INVALID_ARG] no")) as server:
+        with TridentClient(server.url) as client, pytest.raises(BadRequest):
+            client.generate("Hi", stream=False)
+
+        async def ask() -> None:
+            async with AsyncTridentClient(server.url) as client:
+                with pytest.raises(BadRequest):
+                    await client.generate("Hi", stream=False)
+
+        asyncio.run(ask())
+        assert all(generation.cancelled.wait(1.0) for generation in server.generations)

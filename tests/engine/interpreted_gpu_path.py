@@ -55,7 +55,7 @@ def test_splits_of_long_contexts_change_no_token(tmp_path, monkeypatch):
     cpu = EngineCore(config)
     expected = [run(cpu, batch) for batch in batches]
     run_gpu_path_on_cpu(monkeypatch)
-    monkeypatch.setattr("trident_llm.engine.cuda_runner._LONG_CONTEXT", 128)
+    monkeypatch.setattr("trident_llm.engine.device_input._LONG_CONTEXT", 128)
     was_split = []
 
     def attention(*args, workspace, **options):

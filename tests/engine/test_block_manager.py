@@ -79,8 +79,8 @@ def test_forks_share_until_one_writes():
     shared = parent.block_table[1]
     assert manager.blocks_to_grow(parent, 1) == 1
     copy = manager.grow(parent, 1)
-    assert copy == BlockCopy(shared, parent.block_table[1]) and child.block_table[1] == shared
-    assert manager.blocks_to_grow(child, 1) == 0 and manager.grow(child, 1) is None
+    assert copy == (BlockCopy(shared, parent.block_table[1]),) and child.block_table[1] == shared
+    assert manager.blocks_to_grow(child, 1) == 0 and manager.grow(child, 1) == ()
     manager.check_integrity([parent, child])
     manager.free(parent)
     manager.free(child)

@@ -15,7 +15,9 @@ import zmq
 from tests.fakes.engine_runs import wait_until
 from tests.fakes.fake_engine import FakeEngineCore, next_token
 from trident_llm.config import EngineConfig
-from trident_llm.engine.process import EngineLoop
+from trident_llm.deaths import Deaths
+from trident_llm.engine.loop import EngineLoop
+from trident_llm.engine.probation import Probation
 from trident_llm.engine.transport import DoorSocket
 from trident_llm.protocol import (
     Abort,
@@ -34,6 +36,7 @@ from trident_llm.protocol import (
     TopLogprob,
     Welcome,
 )
+from trident_llm.step_board import StepBoard
 
 PROMPT = list(b"hello")
 encode = msgspec.msgpack.Encoder().encode
@@ -82,6 +85,8 @@ class RunningLoop:
     address: str
     core: FakeEngineCore
     context: zmq.Context[zmq.Socket[bytes]]
+    acquitted: list[Deaths]
+    """What the probation wanted written down."""
 
     def door(self) -> RawDoor:
         socket = self.context.socket(zmq.DEALER)
@@ -101,9 +106,14 @@ def loop(tmp_path: Path, request: pytest.FixtureRequest) -> Iterator[RunningLoop
     max_pending = getattr(request, "param", 1 << 20)
     context = zmq.Context()
     socket = DoorSocket(address, "epoch-1", max_pending=max_pending, context=context)
-    thread = threading.Thread(target=EngineLoop(core, config, socket, "epoch-1").run)
+    deaths = Deaths(total=2, counts={"suspect": 2, "there-once": 1}, condemned={"poison": 3})
+    board = StepBoard(tmp_path / "board", config.max_num_seqs)
+    acquitted: list[Deaths] = []
+    probation = Probation(deaths, acquitted.append)
+    engine = EngineLoop(core, config, socket, "epoch-1", board=board, probation=probation)
+    thread = threading.Thread(target=engine.run)
     thread.start()
-    running = RunningLoop(address, core, context)
+    running = RunningLoop(address, core, context, acquitted)
     yield running
     door = running.door()
     door.send(Shutdown())
@@ -161,7 +171,7 @@ def test_unknown_command_lists_the_known(loop):
     reply = door.receive()
     assert isinstance(reply, CommandReply)
     assert reply.command_id == 7
-    assert reply.error == "[INVALID_ARG] command: 'reboot' is not one of stats, config, health"
+    assert reply.error.startswith("[INVALID_ARG] command: 'reboot' is not one of stats, config, health, ")
 
 
 def test_slow_door_gets_larger_messages_and_slows_nobody(loop):

@@ -8,7 +8,7 @@ from collections.abc import Callable
 import pytest
 import torch
 
-from trident_llm.engine import cuda_runner
+from trident_llm.engine import cuda_first_pass, cuda_runner
 from trident_llm.engine.cuda_graphs import CudaGraphs, StepShape
 from trident_llm.kernels.triton_language import TritonLanguageKernels
 from trident_llm.models import llama
@@ -47,7 +47,8 @@ def run_gpu_path_on_cpu(monkeypatch: pytest.MonkeyPatch) -> None:
     """Make engines on the CPU use the GPU's runner, sampler and kernels. Needs TRITON_INTERPRET=1."""
     kernels = TritonLanguageKernels(num_processors=4, pdl=False)
     monkeypatch.setattr(llama, "kernels_for", lambda device: kernels)
-    monkeypatch.setattr(cuda_runner, "CudaGraphs", EagerGraphs)
+    for module in (cuda_runner, cuda_first_pass):
+        monkeypatch.setattr(module, "CudaGraphs", EagerGraphs)
     monkeypatch.setattr(torch.cuda, "Event", DoneEvent)
     monkeypatch.setattr(torch.cuda, "Stream", OnlyStream)
     monkeypatch.setattr(torch.cuda, "current_stream", OnlyStream)

@@ -8,7 +8,8 @@ from __future__ import annotations
 import argparse
 import sys
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Iterable, Mapping
+from concurrent.futures import Future
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -57,8 +58,10 @@ class FakeSequence:
 class FakeEngineCore:
     """One token per sequence and step.
 
-    A prompt that contains ``<crash>`` breaks its first step; ``<crash-once:FILE>`` breaks the third step unless FILE
-    exists, and makes it; a prompt that contains ``<eos:N>`` ends after N tokens, one with ``<silent>`` gets none.
+    A prompt that contains ``<crash>`` breaks its first step, with ``<crash:N>`` the one after N tokens, and with
+    ``<refuse>`` it breaks ``add``; ``<crash-once:FILE>`` breaks the third step unless FILE exists, and makes it, and
+    ``<hang-once:FILE>`` makes that step last a minute; a prompt that contains ``<eos:N>`` ends after N tokens, one with
+    ``<silent>`` gets none.
     """
 
     def __init__(
@@ -76,6 +79,8 @@ class FakeEngineCore:
         self._step_time = step_time
         self._busy = busy
         self._running: dict[tuple[str, int], FakeSequence] = {}
+        self.on_launch: Callable[[Iterable[str]], None] = lambda request_ids: None
+        self.on_complete: Callable[[], None] = lambda: None
         self._counters = {"prompt_tokens_total": 0, "output_tokens_total": 0, "peak_running_requests": 0, "steps": 0}
         if progress is not None:
             progress("loading the fake weights")
@@ -96,7 +101,9 @@ class FakeEngineCore:
     def add(self, submit: Submit) -> None:
         if not submit.prompt_ids or len(submit.prompt_ids) >= MAX_MODEL_LEN:
             raise BadRequest(f"prompt: {len(submit.prompt_ids)} tokens do not fit max_model_len ({MAX_MODEL_LEN})")
-        if len(self._running) >= self._config.max_num_seqs + self._config.max_queue_size:
+        if b"<refuse>" in bytes(token_id for token_id in submit.prompt_ids if token_id < 256):
+            raise RuntimeError("ordered to crash before the first step")
+        if self.num_places <= 0:
             raise Overloaded("the queue is full; retry after 1 s")
         self._counters["prompt_tokens_total"] += len(submit.prompt_ids)
         for sample in submit.samples:
@@ -109,10 +116,23 @@ class FakeEngineCore:
         for key in [key for key in self._running if key[0] == request_id and sample_index in (None, key[1])]:
             del self._running[key]
 
+    def poll(self) -> list[Delta]:
+        return []
+
+    def run_command(self, command: str, arguments: Mapping[str, Any]) -> Future[dict[str, Any]]:
+        result: Future[dict[str, Any]] = Future()
+        result.set_result({"command": command, "arguments": dict(arguments)})
+        return result
+
+    @property
+    def num_places(self) -> int:
+        return self._config.max_num_seqs + self._config.max_queue_size - len(self._running)
+
     def has_work(self) -> bool:
         return bool(self._running)
 
     def step(self) -> list[Delta]:
+        self.on_launch({request_id for request_id, _ in self._running})
         end = time.monotonic() + self._step_time
         while self._busy and time.monotonic() < end:
             pass
@@ -120,6 +140,7 @@ class FakeEngineCore:
         self._counters["steps"] += 1
         self._counters["output_tokens_total"] += len(self._running)
         deltas = [_advance(sequence) for sequence in self._running.values() if not sequence.is_silent]
+        self.on_complete()
         for delta in deltas:
             if delta.finish_reason is not None:
                 del self._running[delta.request_id, delta.sample_index]
@@ -154,7 +175,7 @@ def _advance(sequence: FakeSequence) -> Delta:
     prompt = bytes(token_id for token_id in submit.prompt_ids if token_id < 256).decode(errors="replace")
     _obey_crash_orders(prompt, position)
     token_id = next_token(submit.prompt_ids, sequence.sample_index, position)
-    if "<eos:" in prompt and position == int(prompt.partition("<eos:")[2].partition(">")[0]):
+    if "<eos:" in prompt and position == int(_argument(prompt, "eos")):
         token_id = EOS_TOKEN_ID
     sequence.num_output += 1
     stopped = token_id in (EOS_TOKEN_ID, *submit.params.stop_token_ids)
@@ -175,13 +196,19 @@ def _advance(sequence: FakeSequence) -> Delta:
 
 
 def _obey_crash_orders(prompt: str, position: int) -> None:
-    if "<crash>" in prompt:
+    if "<crash>" in prompt or ("<crash:" in prompt and position >= int(_argument(prompt, "crash"))):
         raise RuntimeError("ordered to crash")
-    if "<crash-once:" in prompt and position >= 2:
-        mark = Path(prompt.partition("<crash-once:")[2].partition(">")[0])
-        if not mark.exists():
+    for order in ("crash-once", "hang-once"):
+        if f"<{order}:" in prompt and position >= 2 and not (mark := Path(_argument(prompt, order))).exists():
             mark.touch()
-            raise RuntimeError("ordered to crash once")
+            if order == "crash-once":
+                raise RuntimeError("ordered to crash once")
+            time.sleep(60)
+
+
+def _argument(prompt: str, order: str) -> str:
+    """What follows the order's name: ``<order:ARGUMENT>``."""
+    return prompt.partition(f"<{order}:")[2].partition(">")[0]
 
 
 def fake_main() -> int:

@@ -165,8 +165,10 @@ class FakeTriton(service_pb2_grpc.GRPCInferenceServiceServicer):
                 context.abort(status, details)
             case Fail(text, tokens):
                 yield from (self._news(token, 1) for token in tokens)
-                generation.served.set()
                 yield service_pb2.ModelStreamInferResponse(error_message=text)
+                # What follows an error is read, too: a server keeps the memory of a stream that is cancelled here.
+                if not gone.wait(0.1):
+                    generation.served.set()
             case Break(tokens):
                 yield from (self._news(token, 1) for token in tokens)
                 generation.served.set()

@@ -48,7 +48,7 @@ class TinyDecoder:
             dtype=self.decoder.dtype,
             device=CPU,
         )
-        logits = [torch.full((len(ids), VOCAB), float("nan")) for ids in token_ids]
+        logits = [torch.full((len(ids), self.config.vocab_size), float("nan")) for ids in token_ids]
         for chunks in schedule:
             rows = self.decoder.forward(steps.model_input(token_ids, chunks), cache)
             for chunk, part in zip(chunks, rows.split([c.num_tokens for c in chunks]), strict=True):

@@ -15,6 +15,7 @@ from tests.fakes.fake_hopper import FakeHopperDriver
 from tests.fakes.paged_steps import Chunk, PagedSteps
 from trident_llm.kernels.adjust_logits import AdjustmentTensors, adjust_logits, count_tokens
 from trident_llm.kernels.layer_cache import SCALED_LIMITS, LayerCache
+from trident_llm.kernels.lora_layer import LoraRows, allocate_lora_layer
 from trident_llm.kernels.sample_tokens import SamplingTensors, allocate_workspace, sample_tokens
 from trident_llm.kernels.token_logprobs import token_logprobs
 from trident_llm.kernels.triton_language import TritonLanguageKernels
@@ -90,6 +91,19 @@ def test_linear(hopper: FakeHopperDriver, num_rows: int, num_inputs: int) -> Non
     KERNELS.linear(x, weight)
     KERNELS.linear_silu_and_mul(x, weight)
     assert hopper.compiled
+
+
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16, torch.float32])
+@pytest.mark.parametrize("part_sizes", [(4096, 1024, 1024), (14336, 14336), (4096,)], ids=["qkv", "gate-up", "o"])
+def test_lora(hopper: FakeHopperDriver, part_sizes: tuple[int, ...], dtype: torch.dtype) -> None:
+    layer = allocate_lora_layer(
+        part_sizes, 4096, first_target=0, num_slots=2, max_rank=64, dtype=dtype, device=torch.device("cpu")
+    )
+    rows = LoraRows(weights=torch.zeros(1, 20, 2), tile_slots=torch.full((2, 2), -1, dtype=torch.int32))
+    x, y = torch.empty(20, 4096, dtype=dtype), torch.empty(20, sum(part_sizes), dtype=dtype)
+    KERNELS.add_lora(y, x, None, layer, rows)
+    KERNELS.add_lora(y, x, y[0], layer, rows)
+    assert {name for name, _, _ in hopper.compiled} == {"_shrink_kernel", "_expand_kernel"}
 
 
 def test_elementwise(hopper: FakeHopperDriver) -> None:

@@ -33,6 +33,17 @@ def test_a_local_model_becomes_an_absolute_path(tmp_path: Path, monkeypatch: pyt
     assert parse("--model", "org/name").model == "org/name"
 
 
+def test_folders_of_adapters_become_absolute(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    (tmp_path / "poets" / "one").mkdir(parents=True)
+    monkeypatch.chdir(tmp_path)
+    settings = ("--set", "adapters=a=poets/one, b = org/name", "--set", "adapter_root=poets", "--set", "xlora=poets")
+    assert parse(*settings).settings == {
+        "adapters": f"a={tmp_path}/poets/one, b =org/name",
+        "adapter_root": f"{tmp_path}/poets",
+        "xlora": f"{tmp_path}/poets",
+    }
+
+
 @pytest.mark.parametrize("model", ["/no/such", "./no-such", "no-such.gguf", "~/no/such"])
 def test_a_local_model_that_is_not_there_is_named(model: str) -> None:
     with pytest.raises(NotFound, match=f"--model {model}"):

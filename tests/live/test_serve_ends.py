@@ -53,7 +53,8 @@ def test_a_model_that_cannot_be_loaded_ends_the_start(
     [
         ("block_size=17", "[INVALID_ARG] block_size: 17 is not one of 8, 16, 32, 64, 128"),
         ("blok_size=16", "[INVALID_ARG] unknown setting 'blok_size'; known settings: adapter_root"),
-        ("isq_bits=8", "[INVALID_ARG] isq_bits: not available yet; leave it at its default (4)"),
+        ("tensor_parallel_size=2", "[INVALID_ARG] tensor_parallel_size: not available yet; leave it at its default"),
+        ("isq_method=hqq", "[INVALID_ARG] isq_method: 'hqq' is not one of rtn, awq, gptq, smoothquant, fp8, none"),
         ("max_num_seqs=100000", "[INVALID_ARG] max_num_seqs: 100000 is not an integer from 1 to 65536"),
         ("max_queue_size=5000", "[INVALID_ARG] instance_group count * max_batch_size: 4 * 256 = 1024 is less than"),
     ],

@@ -140,11 +140,6 @@ def test_bad_field_is_named_with_its_file(tmp_path: Path, changes: dict[str, Any
     assert caught.value.message.startswith(f"{tmp_path / 'config.json'}: ") and field in caught.value.message
 
 
-def test_quantized_checkpoint_is_refused(tmp_path: Path) -> None:
-    with pytest.raises(BadRequest, match="quantization_config"):
-        read(tmp_path, quantization_config={"quant_method": "awq"})
-
-
 @pytest.mark.parametrize("text", [b"{", b"[]", b"\xff\xfe"])
 def test_config_that_is_no_json_object(tmp_path: Path, text: bytes) -> None:
     (tmp_path / "config.json").write_bytes(text)

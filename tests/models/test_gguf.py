@@ -20,7 +20,7 @@ from trident_llm.models.config_reader import read_model_config
 from trident_llm.models.gguf_file import open_gguf
 from trident_llm.models.model_config import ModelConfig
 from trident_llm.models.source import resolve_model
-from trident_llm.models.weights import iter_weights
+from trident_llm.models.weights import iter_weights, open_weights
 
 
 @pytest.fixture(scope="module")
@@ -31,7 +31,7 @@ def tiny(tmp_path_factory: pytest.TempPathFactory) -> Path:
 def load(path: Path) -> tuple[ModelConfig, dict[str, torch.Tensor]]:
     source = resolve_model(str(path))
     config = read_model_config(source)
-    return config, dict(iter_weights(source, config, dtype=torch.float32, device="cpu"))
+    return config, dict(iter_weights(open_weights(source, config, dtype=torch.float32, device="cpu")))
 
 
 def test_header_equals_that_of_the_gguf_package(smollm2_gguf: Path) -> None:

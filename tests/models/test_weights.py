@@ -16,12 +16,12 @@ from trident_llm.models.config_reader import read_model_config
 from trident_llm.models.model_config import ModelConfig
 from trident_llm.models.registry import ARCHITECTURES
 from trident_llm.models.source import resolve_model
-from trident_llm.models.weights import expected_shapes, iter_dummy_weights, iter_weights
+from trident_llm.models.weights import DummyWeights, expected_shapes, iter_weights, open_weights
 
 
 def load(folder: Path, dtype: torch.dtype = torch.float32) -> dict[str, torch.Tensor]:
     source = resolve_model(str(folder))
-    return dict(iter_weights(source, read_model_config(source), dtype=dtype, device="cpu"))
+    return dict(iter_weights(open_weights(source, read_model_config(source), dtype=dtype, device="cpu")))
 
 
 def config_of(folder: Path) -> ModelConfig:
@@ -49,14 +49,30 @@ def test_shards_cast_and_progress(tmp_path: Path) -> None:
     assert len(source.weight_files) > 2
     whole = write_tiny_llama(tmp_path / "whole", layers=3)
     fractions: list[float] = []
-    stream = iter_weights(
-        source, read_model_config(source), dtype=torch.bfloat16, device="cpu", progress=fractions.append
-    )
-    weights, expected = dict(stream), load(whole)
+    reader = open_weights(source, read_model_config(source), dtype=torch.bfloat16, device="cpu")
+    weights, expected = dict(iter_weights(reader, fractions.append)), load(whole)
     assert fractions == sorted(fractions) and fractions[-1] == 1.0 and len(fractions) == len(weights)
     assert set(weights) == set(expected)
     for name, values in weights.items():
         assert torch.equal(values, expected[name].bfloat16()), name
+
+
+def test_single_tensors_in_any_order_and_again(tmp_path: Path) -> None:
+    folder = write_tiny_llama(tmp_path, layers=3, max_shard_size="200KB")
+    source, expected = resolve_model(str(folder)), load(folder)
+    reader = open_weights(source, read_model_config(source), dtype=torch.float32, device="cpu")
+    assert reader.shapes == {name: tuple(values.shape) for name, values in expected.items()}
+    names = [*reversed(reader.shapes), "model.layers.1.mlp.up_proj.weight"]
+    for name in names:
+        assert torch.equal(reader.read(name), expected[name]), name
+
+
+def test_file_that_is_gone_is_named(folder: Path) -> None:
+    source = resolve_model(str(folder))
+    reader = open_weights(source, read_model_config(source), dtype=torch.float32, device="cpu")
+    (folder / "model.safetensors").unlink()
+    with pytest.raises(LoadFailed, match=r"model\.safetensors: tensor model\.norm\.weight: cannot be read"):
+        reader.read("model.norm.weight")
 
 
 @pytest.fixture
@@ -125,8 +141,10 @@ def test_truncated_file_is_named(folder: Path) -> None:
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
 def test_dummy_weights(tmp_path: Path, architecture: str, dtype: torch.dtype) -> None:
     config = config_of(write_tiny_llama(tmp_path, architecture=architecture))
-    first, again = (dict(iter_dummy_weights(config, dtype=dtype, device="cpu", seed=3)) for _ in range(2))
-    other = dict(iter_dummy_weights(config, dtype=dtype, device="cpu", seed=4))
+    reader = DummyWeights(config, dtype=dtype, device="cpu", seed=3)
+    first = dict(iter_weights(reader))
+    again = {name: reader.read(name) for name in reversed(reader.shapes)}
+    other = dict(iter_weights(DummyWeights(config, dtype=dtype, device="cpu", seed=4)))
     assert {name: tuple(values.shape) for name, values in first.items()} == expected_shapes(config)
     for name, values in first.items():
         assert values.dtype == dtype and torch.equal(values, again[name]) and not torch.equal(values, other[name])

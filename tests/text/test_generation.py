@@ -344,3 +344,29 @@ def test_any_way_of_delivery_gives_the_same_text(
     assert [i for output in outputs for i in output.token_ids] == whole.full_output(0).token_ids
     assert generation.full_output(0) == whole.full_output(0)
     assert outputs[-1].finish_reason == whole.full_output(0).finish_reason
+
+
+def test_a_resubmission_keeps_the_adapters_it_began_with(byte_tokenizer: Tokenizer) -> None:
+    generation = running(byte_tokenizer, adapter="a", return_scalings=True)
+    generation.apply(delta("x", adapter="a@3:1.0"))
+    generation.apply(delta("y", offset=1))
+    submit = generation.submit()
+    assert (submit.adapter, submit.xlora, submit.return_scalings) == ("a@3:1.0", None, True)
+
+
+def test_a_resubmission_without_adapters_gets_no_mix_that_came_since(byte_tokenizer: Tokenizer) -> None:
+    generation = running(byte_tokenizer)
+    assert generation.submit().xlora is None
+    generation.apply(delta("x", request_id=generation.request_id))
+    assert generation.submit().xlora is False
+
+
+def test_scalings_are_averaged_over_the_tokens(byte_tokenizer: Tokenizer) -> None:
+    generation = running(byte_tokenizer, return_scalings=True)
+    generation.apply(delta("x", scalings={"one": 0.2, "two": 0.8}))
+    generation.apply(delta("y", offset=1, scalings={"one": 0.6, "two": 0.4}))
+    output = generation.take(0)
+    assert output is not None and output.scalings == pytest.approx({"one": 0.4, "two": 0.6})
+    plain = running(byte_tokenizer, return_scalings=True)
+    plain.apply(delta("x"))
+    assert plain.full_output(0).scalings is None

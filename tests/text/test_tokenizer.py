@@ -3,10 +3,12 @@
 from __future__ import annotations
 
 import json
+import random
 import subprocess
 import sys
 from pathlib import Path
 
+import psutil
 import pytest
 from tokenizers import decoders
 
@@ -89,6 +91,18 @@ def test_broken_file_is_named(tmp_path: Path, name: str, content: bytes, reason:
 def test_missing_tokenizer_is_named(tmp_path: Path) -> None:
     with pytest.raises(LoadFailed, match=r"tokenizer\.json: no such file"):
         Tokenizer(tmp_path)
+
+
+def test_memory_does_not_grow_with_the_texts_it_has_seen(byte_tokenizer: Tokenizer) -> None:
+    """Each text is one word, nearly as long as any that the library would remember."""
+    rng = random.Random(0)
+    texts = ["".join(rng.choices("abcdefgh", k=250)) for _ in range(8000)]
+    for text in texts[:100]:
+        byte_tokenizer.encode(text)
+    before = psutil.Process().memory_info().rss
+    for text in texts:
+        byte_tokenizer.encode(text)
+    assert psutil.Process().memory_info().rss - before < 2 * 2**20
 
 
 def test_text_side_imports_neither_torch_nor_transformers() -> None:

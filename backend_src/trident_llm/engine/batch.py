@@ -7,8 +7,12 @@ token, one that computes its prompt a chunk. Decodes come first.
 from __future__ import annotations
 
 from dataclasses import dataclass
+from typing import TYPE_CHECKING
 
 from torch import Tensor
+
+if TYPE_CHECKING:
+    from ..kernels.lora_layer import LoraRows
 
 
 @dataclass(frozen=True)
@@ -44,6 +48,16 @@ class AttentionMetadata:
 
 
 @dataclass(frozen=True)
+class StepAdapters:
+    """Which adapters a step's tokens take."""
+
+    tokens: LoraRows
+    """Of the token axis."""
+    rows: LoraRows
+    """Of ``logits_rows``."""
+
+
+@dataclass(frozen=True)
 class ModelInput:
     """One step's input to the decoder."""
 
@@ -54,3 +68,5 @@ class ModelInput:
     logits_rows: Tensor
     """[R] int64: indices into the token axis whose logits are wanted. Nothing else of the last layer's output is."""
     attention: AttentionMetadata
+    adapters: StepAdapters | None = None
+    """None: no token takes any."""

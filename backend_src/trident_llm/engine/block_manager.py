@@ -95,7 +95,7 @@ class BlockManager:
         """
         if not self.prefix_caching:
             return PrefixMatch([])
-        full = (len(seq.token_ids) - 1) // self.block_size
+        full = min(len(seq.token_ids) - 1, seq.num_cacheable) // self.block_size
         self._extend_hashes(seq, full)
         blocks = []
         for digest in seq.block_hashes[:full]:
@@ -108,7 +108,7 @@ class BlockManager:
 
     def must_wait(self, seq: Sequence, matched: PrefixMatch) -> bool:
         """Whether another sequence is computing or fetching what ``seq`` needs next: to share it beats repeating it."""
-        shareable = (len(seq.token_ids) - 1) // self.block_size if self.prefix_caching else 0
+        shareable = min(len(seq.token_ids) - 1, seq.num_cacheable) // self.block_size if self.prefix_caching else 0
         for index in (len(matched.blocks), len(matched)):
             if index < shareable and seq.block_hashes[index] in self._announced:
                 seq.waits_for = seq.block_hashes[index]
@@ -129,11 +129,7 @@ class BlockManager:
     def admit(self, seq: Sequence, matched: PrefixMatch, num_tokens: int) -> None:
         """Give a sequence without blocks its matched prefix and new blocks for ``num_tokens`` tokens in all."""
         shared = matched.blocks
-        for block in shared:
-            if self._ref_counts[block] == 0:
-                del self._free[block]
-                self.num_cached -= 1
-            self._ref_counts[block] += 1
+        self._hold(shared)
         self.events.allocated(seq, shared, AllocateReason.PREFIX_HIT)
         # What comes back from the host counts as computed, but others find it only once it has been used.
         seq.num_computed, seq.num_registered = len(matched) * self.block_size, len(shared)
@@ -146,7 +142,7 @@ class BlockManager:
                 self.host_tier.fetch(digest, block)
         seq.block_table = shared + new
         if self.prefix_caching:
-            seq.num_announced = len(seq.token_ids) // self.block_size
+            seq.num_announced = seq.num_cacheable // self.block_size
             self._extend_hashes(seq, seq.num_announced)
             self._announced.update(seq.block_hashes[len(shared) : seq.num_announced])
 
@@ -161,23 +157,23 @@ class BlockManager:
         new = self.blocks_for(seq.num_computed + num_tokens) - len(seq.block_table)
         return max(new, 0) + (self._shared_write_block(seq) is not None)
 
-    def grow(self, seq: Sequence, num_tokens: int) -> BlockCopy | None:
+    def grow(self, seq: Sequence, num_tokens: int) -> tuple[BlockCopy, ...]:
         """Make room for ``num_tokens`` more tokens; the caller has checked ``blocks_to_grow``.
 
         Only the block of the first new token can hold older ones, so at most one block must be copied.
         """
-        copy = None
+        copies: tuple[BlockCopy, ...] = ()
         index = self._shared_write_block(seq)
         if index is not None:
             source = seq.block_table[index]
             (seq.block_table[index],) = self._take(seq, 1, AllocateReason.COPY_ON_WRITE)
-            copy = BlockCopy(source, seq.block_table[index])
+            copies = (BlockCopy(source, seq.block_table[index]),)
             self._ref_counts[source] -= 1
             self.events.freed(seq, [source], FreeReason.COPY_ON_WRITE)
         num_new = self.blocks_for(seq.num_computed + num_tokens) - len(seq.block_table)
         if num_new > 0:
             seq.block_table += self._take(seq, num_new, AllocateReason.GROWTH)
-        return copy
+        return copies
 
     def release_before(self, seq: Sequence, position: int) -> None:
         """Give back the blocks whose tokens all lie before ``position``: a sliding window has passed them."""
@@ -205,7 +201,7 @@ class BlockManager:
         """Make full blocks findable whose tokens are computed and known to the host."""
         if not self.prefix_caching:
             return
-        full = min(seq.num_computed, len(seq.token_ids)) // self.block_size
+        full = min(seq.num_computed, seq.num_cacheable) // self.block_size
         if full <= seq.num_registered:
             return
         self._extend_hashes(seq, full)
@@ -253,6 +249,18 @@ class BlockManager:
             self._announced[digest] -= 1
             if not self._announced[digest]:
                 del self._announced[digest]
+
+    def _hold(self, blocks: list[int]) -> None:
+        """One more reference to each, so that none is taken for something else."""
+        for block in blocks:
+            if self._ref_counts[block] == 0:
+                del self._free[block]
+                self.num_cached -= 1
+            self._ref_counts[block] += 1
+
+    def _let_go(self, blocks: list[int]) -> None:
+        for block in blocks:
+            self._ref_counts[block] -= 1
 
     def _drop(self, block: int) -> None:
         self._ref_counts[block] -= 1

@@ -6,6 +6,7 @@ mixed step's sequences decode is read on the device, so a shape fixes only how m
 
 from __future__ import annotations
 
+import dataclasses
 from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass
 
@@ -36,6 +37,10 @@ class StepShape:
     """Sequences, rows of logits and samples."""
     long_contexts: bool = False
     """See AttentionMetadata. Any step may run with it; short contexts are only slower."""
+    adapters: bool = False
+    """Whether tokens may take adapters. Any step may run with it; it is only slower."""
+    mixed: bool = False
+    """Whether the weights of adapters differ by module, because a mix finds them; with ``adapters`` only."""
 
 
 _WIDE_SIZES = (256, 320, 384, 512, 640, 768, 1024, 1280, 1536, 1792, 2048)
@@ -62,8 +67,13 @@ def mixed_sizes(max_num_batched_tokens: int) -> tuple[int, ...]:
     return _up_to(max_num_batched_tokens, [*small, *_wide_sizes(max_num_batched_tokens)])
 
 
-def graph_shapes(max_num_seqs: int, max_num_batched_tokens: int) -> tuple[StepShape, ...]:
-    """Steps of decodes alone, of prompts alone, and of both; small ones with prompts also for long contexts."""
+def graph_shapes(
+    max_num_seqs: int, max_num_batched_tokens: int, *, adapters: bool = False, mixes: bool = False
+) -> tuple[StepShape, ...]:
+    """Steps of decodes alone, of prompts alone, and of both; small ones with prompts also for long contexts.
+
+    With ``adapters`` each of them also for steps whose tokens take some, and with ``mixes`` some of a mix.
+    """
     shapes = [StepShape(size, size, 0, size) for size in decode_sizes(min(max_num_seqs, max_num_batched_tokens))]
     for size in mixed_sizes(max_num_batched_tokens):
         num_prefills = min(_MAX_PREFILLS, size, max_num_seqs)
@@ -76,6 +86,11 @@ def graph_shapes(max_num_seqs: int, max_num_batched_tokens: int) -> tuple[StepSh
             for num_decodes in (0, min(size, max_num_seqs)):
                 num_seqs = min(num_decodes + num_prefills, max_num_seqs)
                 shapes.append(StepShape(size, num_decodes, num_prefills, num_seqs, long_contexts=True))
+    plain = tuple(shapes)
+    if adapters:
+        shapes += [dataclasses.replace(shape, adapters=True) for shape in plain]
+    if mixes:
+        shapes += [dataclasses.replace(shape, adapters=True, mixed=True) for shape in plain]
     return tuple(shapes)
 
 
@@ -111,8 +126,28 @@ class CudaGraphs:
             self._captured[shape] = graph
         return torch.cuda.memory_reserved() - before
 
+    def find_shape(self, step: StepShape) -> StepShape | None:
+        """The smallest captured shape that holds a step of shape ``step``; None when there is none."""
+        return self.find(
+            num_tokens=step.num_tokens,
+            num_decodes=step.num_decodes,
+            num_prefills=step.num_prefills,
+            num_samples=step.num_seqs,
+            long_contexts=step.long_contexts,
+            adapters=step.adapters,
+            mixed=step.mixed,
+        )
+
     def find(
-        self, *, num_tokens: int, num_decodes: int, num_prefills: int, num_samples: int, long_contexts: bool
+        self,
+        *,
+        num_tokens: int,
+        num_decodes: int,
+        num_prefills: int,
+        num_samples: int,
+        long_contexts: bool,
+        adapters: bool = False,
+        mixed: bool = False,
     ) -> StepShape | None:
         """The smallest shape that holds such a step; None when there is none.
 
@@ -121,7 +156,7 @@ class CudaGraphs:
         """
         shapes = self._mixed if num_decodes and num_prefills else self._decodes if num_decodes else self._prefills
         for shape in shapes:
-            if shape.long_contexts and not long_contexts:
+            if (shape.adapters, shape.mixed) != (adapters, mixed) or (shape.long_contexts and not long_contexts):
                 continue
             fits = shape.num_tokens >= num_tokens and shape.num_decodes >= num_decodes
             if fits and shape.num_prefills >= num_prefills and shape.num_seqs >= num_samples:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 import time
 from collections.abc import Callable
 from typing import Any
@@ -9,21 +10,24 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from ..adapters.step_rows import host_rows
+from ..kernels.lora_layer import LoraRows
 from ..models.llama import LlamaDecoder
 from ..sampling.cuda_sampler import CudaSampler, DeviceSamples
-from .batch import AttentionMetadata, ModelInput
+from .batch import StepAdapters
+from .cuda_first_pass import CudaFirstPass
 from .cuda_graphs import CudaGraphs, StepShape, graph_shapes
+from .device_input import device_input, seq_counts, shape_of, step_values
 from .flat_step import FlatStep, Sample, flatten
 from .host_tier import HostCopies, TransferCosts
 from .host_transfers import HostTransfers
 from .kv_cache import KVCache
+from .mix_pass import MixPass, MixPlan, count_modules, plan_mixes
 from .model_runner import SampledToken, StepResult
 from .scheduler import SchedulerOutput
 from .sequence import Sequence
 from .step_buffers import StepBuffers, StepSizes
-
-_LONG_CONTEXT = 512
-"""Tokens before a chunk from which on it counts as having a long context."""
+from .to_device import to_host
 
 
 class CudaRunner:
@@ -39,22 +43,40 @@ class CudaRunner:
         max_num_batched_tokens: int,
         max_model_len: int,
         num_host_blocks: int,
+        num_adapter_slots: int,
+        captures_mixes: bool,
         progress: Callable[[str], None],
     ) -> None:
         self.decoder = decoder
         self.kv_cache = kv_cache
         self.device = device
         self.block_size = kv_cache.block_size
-        largest = StepSizes(max_num_batched_tokens, max_num_seqs, max_num_seqs, max_num_seqs)
+        self._num_adapter_slots = num_adapter_slots
+        largest = StepSizes(max_num_batched_tokens, max_num_seqs, max_num_seqs, max_num_seqs, num_adapter_slots)
         width = -(-max_model_len // self.block_size)
         self._buffers = StepBuffers(largest, table_width=width, device=device)
         self._sampler = CudaSampler(max_samples=max_num_seqs, vocab_size=decoder.config.vocab_size, device=device)
         self._sampled_before: dict[Sequence, int] = {}
         self._logits = torch.zeros(max_num_seqs, decoder.config.vocab_size, dtype=torch.float32, device=device)
         """Written by every step; read by the sampler right after it."""
-        self._graphs = CudaGraphs(graph_shapes(max_num_seqs, max_num_batched_tokens), self._captured_forward)
+        self._mix_pass = MixPass(
+            num_slots=num_adapter_slots, num_modules=count_modules(decoder.adaptable_linears()), device=device
+        )
+        num_weights = self._mix_pass.num_modules * max_num_batched_tokens * num_adapter_slots
+        self._mix_weights = torch.zeros(num_weights if captures_mixes else 0, device=device)
+        """What a step with mixes takes of each slot in each module; see ``_mixed_weights``."""
+        with_adapters = num_adapter_slots > 0
+        shapes = graph_shapes(
+            max_num_seqs, max_num_batched_tokens, adapters=with_adapters, mixes=captures_mixes
+        )
+        self._graphs = CudaGraphs(shapes, self._captured_forward)
+        self._first_pass = CudaFirstPass(
+            decoder, kv_cache, sampled=self._sampler.token_ids, max_num_seqs=max_num_seqs,
+            max_num_batched_tokens=max_num_batched_tokens, table_width=width,
+            shapes=graph_shapes(max_num_seqs, max_num_batched_tokens) if captures_mixes else (),
+        )  # fmt: skip
         with torch.inference_mode():
-            self.graph_bytes = self._graphs.capture(progress)
+            self.graph_bytes = self._graphs.capture(progress) + self._first_pass.capture(progress)
         self._transfers = HostTransfers(kv_cache, num_host_blocks) if num_host_blocks else None
         self.transfer_costs = self._measure_transfer_costs(self._transfers) if self._transfers else None
         """What the host tier decides by; None without one."""
@@ -84,28 +106,18 @@ class CudaRunner:
             self.kv_cache.copy_blocks(
                 [copy.source for copy in output.block_copies], [copy.destination for copy in output.block_copies]
             )
-        step = flatten(output, self.block_size, self._sampled_before)
-        num_prefills = step.num_seqs - step.num_decodes
-        long_contexts = _has_long_contexts(step)
-        shape = self._graphs.find(
-            num_tokens=len(step.token_ids),
-            num_decodes=step.num_decodes,
-            num_prefills=num_prefills,
-            # Samples that fork off here can outnumber the sequences.
-            num_samples=max(step.num_seqs, len(step.samples)),
-            long_contexts=long_contexts,
-        )
-        if shape is None:
-            sizes = StepSizes(len(step.token_ids), step.num_seqs, len(step.logits_rows), len(step.samples))
-        else:
-            sizes = _sizes(shape)
-        # Sequences that fill up a step of decodes alone are decodes without context: attention gives them zeros.
-        padded = shape is not None and not num_prefills
-        counts = [sizes.num_seqs, sizes.num_seqs] if padded else [step.num_decodes, step.num_seqs]
+        plan = plan_mixes(output, self.block_size, self._sampled_before)
+        step = flatten(output.scheduled, self.block_size, self._sampled_before)
+        # Samples that fork off here can outnumber the sequences.
+        own = shape_of(step, num_samples=len(step.samples), adapters=step.uses_adapters, mixed=plan is not None)
+        shape = self._graphs.find_shape(own)
+        sizes = self._sizes(shape) if shape else self._exact_sizes(step)
+        counts = seq_counts(step, sizes.num_seqs, padded=shape is not None)
         self._buffers.upload(sizes, self._values(step, counts), step.block_tables)
+        means = self._find_weights(plan, step, sizes) if plan else {}
         if shape is None:
             tables = self._buffers.block_tables[: sizes.num_seqs, : step.table_width]
-            self._forward(sizes, tables, step.num_decodes, num_prefills, long_contexts)
+            self._forward(dataclasses.replace(own, num_seqs=sizes.num_seqs), sizes, tables)
         else:
             self._graphs.replay(shape)
         self._sampled_before = {entry.seq: index for index, entry in enumerate(step.samples)}
@@ -114,74 +126,88 @@ class CudaRunner:
             sampled = self._sampler.sample(self._logits, step.samples, self._buffers.views(sizes))
         ended = torch.cuda.Event()
         ended.record()
-        return StepResult(lambda: _tokens(ended, sampled, step.samples))
+        return StepResult(lambda: _tokens(ended, sampled, step.samples, means))
+
+    def _find_weights(self, plan: MixPlan, step: FlatStep, sizes: StepSizes) -> dict[Sequence, Tensor]:
+        """Run the first pass and put what it says where the second reads it; scalings on their way to the host."""
+        hidden = self._first_pass.run(plan.step, self._mix_pass.pass_rows(plan)) if plan.step else None
+        plain = self._buffers.views(sizes)["adapter_weights"].view(sizes.num_tokens, sizes.num_slots)
+        found = self._mix_pass.weights(plan, hidden, plain)
+        if self._mix_weights.numel() < found.weights.numel():
+            self._mix_weights = found.weights.flatten()  # no graph reads it
+        else:
+            self._mixed_weights(sizes).copy_(found.weights)
+        return {seq: to_host(mean) for seq, mean in found.means.items()}
+
+    def _mixed_weights(self, sizes: StepSizes) -> Tensor:
+        """[M, T, S]: at an address that depends on the sizes alone."""
+        shape = (self._mix_pass.num_modules, sizes.num_tokens, sizes.num_slots)
+        return self._mix_weights[: shape[0] * shape[1] * shape[2]].view(shape)
+
+    def _exact_sizes(self, step: FlatStep) -> StepSizes:
+        num_slots = self._num_adapter_slots if step.uses_adapters else 0
+        return StepSizes(len(step.token_ids), step.num_seqs, len(step.logits_rows), len(step.samples), num_slots)
 
     def forget(self, seq: Sequence) -> None:
         """The sequence has ended."""
         self._sampler.forget(seq)
+        self._mix_pass.forget(seq)
 
-    def _values(self, step: FlatStep, seq_counts: list[int]) -> dict[str, Any]:
+    def _values(self, step: FlatStep, counts: list[int]) -> dict[str, Any]:
         return {
-            "token_ids": step.token_ids,
-            "positions": step.positions,
-            "slots": step.slots,
-            "sources": step.token_sources,
-            "context_lens": step.context_lens,
-            "cu_seqlens_q": step.cu_seqlens_q,
-            "seq_counts": seq_counts,
-            "logits_rows": step.logits_rows,
+            **step_values(step, counts),
             **self._sampler.field_values(step.samples),
+            **self._adapter_values(step),
         }
 
-    def _captured_forward(self, shape: StepShape) -> None:
-        tables = self._buffers.block_tables[: shape.num_seqs]
-        self._forward(_sizes(shape), tables, shape.num_decodes, shape.num_prefills, shape.long_contexts)
+    def _adapter_values(self, step: FlatStep) -> dict[str, Any]:
+        num_slots = self._num_adapter_slots if step.uses_adapters else 0
+        tokens = host_rows(step.blends, step.seq_lens_q, num_slots)
+        rows = host_rows(step.row_blends, [1] * len(step.row_blends), num_slots)
+        return {
+            "adapter_weights": tokens.weights.reshape(-1),
+            "adapter_tiles": tokens.tile_slots.reshape(-1),
+            "adapter_row_tiles": rows.tile_slots.reshape(-1),
+        }
 
-    def _forward(
-        self, sizes: StepSizes, tables: Tensor, num_decodes: int, num_prefills: int, long_contexts: bool
-    ) -> None:
+    def _step_adapters(self, fields: dict[str, Tensor], sizes: StepSizes, mixed: bool) -> StepAdapters | None:
+        if not sizes.num_slots:
+            return None
+        weights = fields["adapter_weights"].view(1, sizes.num_tokens, sizes.num_slots)
+        if mixed:
+            weights = self._mixed_weights(sizes)
+        row_weights = weights.index_select(1, fields["logits_rows"])
+        return StepAdapters(
+            tokens=LoraRows(weights, fields["adapter_tiles"].view(-1, sizes.num_slots)),
+            rows=LoraRows(row_weights, fields["adapter_row_tiles"].view(-1, sizes.num_slots)),
+        )
+
+    def _sizes(self, shape: StepShape) -> StepSizes:
+        num_slots = self._num_adapter_slots if shape.adapters else 0
+        return StepSizes(shape.num_tokens, shape.num_seqs, shape.num_seqs, shape.num_seqs, num_slots)
+
+    def _captured_forward(self, shape: StepShape) -> None:
+        self._forward(shape, self._sizes(shape), self._buffers.block_tables[: shape.num_seqs])
+
+    def _forward(self, shape: StepShape, sizes: StepSizes, tables: Tensor) -> None:
         """Launch a step on whatever the buffers hold."""
         fields = self._buffers.views(sizes)
-        sources = fields["sources"]
-        unknown = self._sampler.token_ids.index_select(0, sources.clamp(min=0))
-        attention = AttentionMetadata(
-            slot_mapping=fields["slots"],
-            block_tables=tables,
-            cu_seqlens_q=fields["cu_seqlens_q"],
-            context_lens=fields["context_lens"],
-            seq_lens_q=(),
-            context_lens_host=(),
-            seq_counts=fields["seq_counts"],
-            num_decodes=num_decodes,
-            num_prefills=num_prefills,
-            block_size=self.block_size,
-            long_contexts=long_contexts,
-        )
-        model_input = ModelInput(
-            token_ids=torch.where(sources < 0, fields["token_ids"], unknown),
-            positions=fields["positions"],
-            logits_rows=fields["logits_rows"],
-            attention=attention,
-        )
+        model_input = device_input(
+            fields, shape, tables=tables, sampled=self._sampler.token_ids, block_size=self.block_size,
+            logits_rows=fields["logits_rows"], adapters=self._step_adapters(fields, sizes, shape.mixed),
+        )  # fmt: skip
         self.decoder.forward(model_input, self.kv_cache, self._logits[: sizes.num_rows])
 
 
-def _sizes(shape: StepShape) -> StepSizes:
-    return StepSizes(shape.num_tokens, shape.num_seqs, shape.num_seqs, shape.num_seqs)
-
-
-def _has_long_contexts(step: FlatStep) -> bool:
-    chunks = zip(step.context_lens[step.num_decodes :], step.seq_lens_q[step.num_decodes :], strict=True)
-    return any(context - num_tokens > _LONG_CONTEXT for context, num_tokens in chunks)
-
-
-def _tokens(ended: torch.cuda.Event, sampled: DeviceSamples | None, samples: list[Sample]) -> list[SampledToken]:
+def _tokens(
+    ended: torch.cuda.Event, sampled: DeviceSamples | None, samples: list[Sample], means: dict[Sequence, Tensor]
+) -> list[SampledToken]:
     # Waited for without samples too: the pinned buffers of this step are filled again in two steps.
     ended.synchronize()
     if sampled is None:
         return []
     logprobs = sampled.token_logprobs(samples)
     return [
-        SampledToken(entry.seq, token_id, entry_logprobs)
+        SampledToken(entry.seq, token_id, entry_logprobs, means[entry.seq].tolist() if entry.seq in means else None)
         for entry, token_id, entry_logprobs in zip(samples, sampled.token_ids.tolist(), logprobs, strict=True)
     ]

@@ -4,12 +4,15 @@ from __future__ import annotations
 
 import itertools
 from collections.abc import Collection, Mapping
+from collections.abc import Sequence as Seq
 from dataclasses import dataclass
 
 import numpy as np
 from numpy.typing import NDArray
 
-from .scheduler import ScheduledSequence, SchedulerOutput
+from ..adapters.adapter import Blend
+from ..adapters.mix import MixUse
+from .scheduler import ScheduledSequence
 from .sequence import Sequence
 
 
@@ -41,6 +44,10 @@ class FlatStep:
     logits_rows: list[int]
     samples: list[Sample]
     num_decodes: int
+    blends: list[Blend | MixUse | None]
+    """[S]."""
+    row_blends: list[Blend | MixUse | None]
+    """Of ``logits_rows``."""
 
     @property
     def num_seqs(self) -> int:
@@ -49,6 +56,10 @@ class FlatStep:
     @property
     def table_width(self) -> int:
         return max(map(len, self.block_tables))
+
+    @property
+    def uses_adapters(self) -> bool:
+        return any(blend is not None for blend in self.blends)
 
     @property
     def uses_sources(self) -> bool:
@@ -97,9 +108,11 @@ def _is_known(item: ScheduledSequence) -> bool:
     return item.start < len(item.seq.token_ids)
 
 
-def flatten(output: SchedulerOutput, block_size: int, sampled_before: Mapping[Sequence, int]) -> FlatStep:
-    """``sampled_before`` holds the sequences that the previous step sampled, with their index there."""
-    scheduled = output.scheduled
+def flatten(
+    scheduled: Seq[ScheduledSequence], block_size: int, sampled_before: Mapping[Sequence, int]
+) -> FlatStep:
+    """``scheduled``: decodes first. ``sampled_before`` holds the sequences that the previous step sampled, with their
+    index there."""
     num_decodes = sum(item.num_tokens == 1 for item in scheduled)
     starts = [0, *itertools.accumulate(item.num_tokens for item in scheduled)]
     tokens = _Tokens(starts[-1], block_size, sampled_before)
@@ -129,4 +142,6 @@ def flatten(output: SchedulerOutput, block_size: int, sampled_before: Mapping[Se
         logits_rows=logits_rows,
         samples=samples,
         num_decodes=num_decodes,
+        blends=[item.seq.blend for item in scheduled],
+        row_blends=[item.seq.blend for item in scheduled if item.sampled],
     )

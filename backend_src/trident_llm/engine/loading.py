@@ -6,11 +6,14 @@ import dataclasses
 import os
 from collections.abc import Callable
 from dataclasses import dataclass
+from math import prod
 from pathlib import Path
 
 import psutil
 import torch
 
+from ..adapters.loading import make_store
+from ..adapters.store import AdapterStore
 from ..config import KV_CACHE_DTYPES, EngineConfig
 from ..errors import BadRequest, LoadFailed, NotFound
 from ..models.config_reader import read_model_config
@@ -18,9 +21,12 @@ from ..models.llama import LlamaDecoder
 from ..models.model_config import ModelConfig
 from ..models.source import ModelSource, resolve_model
 from ..models.tokenizer_files import byte_tokenizer_folder, prepare_tokenizer
-from ..models.weights import iter_dummy_weights, iter_weights
+from ..models.weights import DummyWeights, expected_shapes, iter_weights, open_weights
+from ..quantization.cache import files_identity
+from ..quantization.loading import Quantization, QuantizationReport
 from .kv_cache import KVCache, bytes_per_block
 from .memory import pool_budget, worst_step_bytes
+from .mix_pass import count_modules
 
 Progress = Callable[[str], None]
 
@@ -47,13 +53,23 @@ class LoadedModel:
     max_model_len: int
     num_host_blocks: int
     """Of the host tier."""
-    weights_bytes: int
+    adapters: AdapterStore | None
+    """None where the settings leave no room for any."""
+    weights_bytes_before: int
+    """Every parameter once, in ``dtype``."""
+    weights_bytes_after: int
+    """As they lie on the device."""
+    quantization: QuantizationReport | None
+    """None: all weights are in full precision."""
     step_bytes: int
     """What the largest step takes besides; 0 on a CPU, where nobody keeps it back."""
 
 
-def load_model(config: EngineConfig, progress: Progress) -> LoadedModel:
-    """Load what ``config`` names. Raises BadRequest, NotFound or LoadFailed."""
+def load_model(config: EngineConfig, progress: Progress, adapter_folder: Path | None = None) -> LoadedModel:
+    """Load what ``config`` names. Raises BadRequest, NotFound or LoadFailed.
+
+    ``adapter_folder`` keeps the engine's copies of adapters for one that takes its place; None: nobody will.
+    """
     device = choose_device(config.device)
     if device.type == "cpu":
         torch.set_num_threads(config.num_threads or len(os.sched_getaffinity(0)))
@@ -61,16 +77,23 @@ def load_model(config: EngineConfig, progress: Progress) -> LoadedModel:
     source = resolve_model(config.model, config.revision, weights=not dummy, progress=progress)
     model_config = _with_sliding_window(read_model_config(source), config.sliding_window)
     dtype = choose_dtype(config.dtype, model_config.dtype, device)
+    quantization = Quantization(config, model_config, device)
     kv_cache_dtype = choose_kv_cache_dtype(config.kv_cache_dtype, dtype, device)
     max_model_len = _context_length(config.max_model_len, model_config)
     tokenizer_folder = _tokenizer_folder(source, model_config, progress, dummy=dummy)
+    quantization.read_calibration(tokenizer_folder, max_model_len)
     decoder = LlamaDecoder(model_config, dtype=dtype, device=device, max_model_len=max_model_len)
-    weights = (
-        iter_dummy_weights(model_config, dtype=dtype, device=device)
+    reader = (
+        DummyWeights(model_config, dtype=dtype, device=device)
         if dummy
-        else iter_weights(source, model_config, dtype=dtype, device=device, progress=_Percent(progress))
+        else open_weights(source, model_config, dtype=dtype, device=device)
     )
-    decoder.load_weights(weights)
+    report = None
+    if quantization.enabled:
+        report = quantization.load(decoder, reader, _weights_identity(source, device, dummy=dummy), progress)
+    else:
+        decoder.load_weights(iter_weights(reader, _Percent(progress)))
+    adapters = make_store(config, decoder, adapter_folder, progress)
     step_bytes = _step_bytes(config, decoder, kv_cache_dtype)
     num_blocks = _pool_blocks(config, decoder, max_model_len, kv_cache_dtype, step_bytes)
     if num_blocks * config.block_size < max_model_len:
@@ -94,9 +117,17 @@ def load_model(config: EngineConfig, progress: Progress) -> LoadedModel:
         dtype=dtype,
         max_model_len=max_model_len,
         num_host_blocks=_host_blocks(config, device, kv_cache.block_bytes),
-        weights_bytes=decoder.num_bytes,
+        adapters=adapters,
+        weights_bytes_before=sum(map(prod, expected_shapes(model_config).values())) * dtype.itemsize,
+        weights_bytes_after=decoder.num_bytes,
+        quantization=report,
         step_bytes=step_bytes,
     )
+
+
+def _weights_identity(source: ModelSource, device: torch.device, *, dummy: bool) -> str:
+    """A text that no other weights have. Random ones depend on the kind of device."""
+    return f"dummy on {device.type}, torch {torch.__version__}" if dummy else files_identity(source.weight_files)
 
 
 def choose_device(name: str) -> torch.device:
@@ -165,6 +196,7 @@ def _step_bytes(config: EngineConfig, decoder: LlamaDecoder, kv_cache_dtype: tor
         max_num_seqs=config.max_num_seqs,
         block_size=config.block_size,
         kv_cache_dtype=kv_cache_dtype,
+        num_adapter_slots=config.num_adapter_slots,
     )
 
 
@@ -183,6 +215,7 @@ def _pool_blocks(
             max_num_seqs=config.max_num_seqs,
             max_model_len=max_model_len,
             block_size=config.block_size,
+            mix_bytes=_mix_bytes(config, decoder),
         )
     else:
         budget = int(psutil.virtual_memory().available * _CPU_POOL_SHARE)
@@ -194,6 +227,16 @@ def _pool_blocks(
             f"{max(budget, 0)} are left; choose a smaller model, a larger gpu_memory_utilization, or set max_num_blocks"
         )
     return num_blocks
+
+
+def _mix_bytes(config: EngineConfig, decoder: LlamaDecoder) -> int:
+    """Weights by module that graphs of steps with a mix read, and the first pass's hidden states and block tables."""
+    if not config.xlora:
+        return 0
+    weights = count_modules(decoder.adaptable_linears()) * config.num_adapter_slots * torch.float32.itemsize
+    hidden = decoder.config.hidden_size * decoder.dtype.itemsize
+    tables = 2 * 4 * config.max_num_seqs * -(-decoder.max_model_len // config.block_size)
+    return config.max_num_batched_tokens * (2 * weights + hidden) + tables
 
 
 def _host_blocks(config: EngineConfig, device: torch.device, block_bytes: int) -> int:

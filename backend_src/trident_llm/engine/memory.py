@@ -4,8 +4,9 @@ from __future__ import annotations
 
 import torch
 
+from ..kernels.lora_layer import LoraRows, num_tiles
 from ..models.llama import LlamaDecoder
-from .batch import AttentionMetadata, ModelInput
+from .batch import AttentionMetadata, ModelInput, StepAdapters
 from .kv_cache import KVCache
 
 _SAMPLER_BYTES = 9
@@ -20,8 +21,12 @@ def worst_step_bytes(
     max_num_seqs: int,
     block_size: int,
     kv_cache_dtype: torch.dtype,
+    num_adapter_slots: int,
 ) -> int:
-    """Peak bytes of a step with ``max_num_batched_tokens`` prompt tokens and logits for ``max_num_seqs`` rows."""
+    """Peak bytes of a step with ``max_num_batched_tokens`` prompt tokens and logits for ``max_num_seqs`` rows.
+
+    With slots for adapters the step has room for what its tokens take of them.
+    """
     device = decoder.device
     num_blocks = -(-max_num_batched_tokens // block_size)
     kv_cache = KVCache(
@@ -45,6 +50,7 @@ def worst_step_bytes(
         positions=tokens % decoder.max_model_len,
         logits_rows=tokens[:max_num_seqs],
         attention=attention,
+        adapters=_no_adapters(max_num_batched_tokens, max_num_seqs, num_adapter_slots, device),
     )
     torch.cuda.synchronize(device)
     torch.cuda.reset_peak_memory_stats(device)
@@ -52,6 +58,18 @@ def worst_step_bytes(
     decoder.forward(model_input, kv_cache)
     torch.cuda.synchronize(device)
     return torch.cuda.max_memory_allocated(device) - before
+
+
+def _no_adapters(num_tokens: int, num_rows: int, num_slots: int, device: torch.device) -> StepAdapters | None:
+    """Workspaces depend on the numbers of rows and slots, not on what is in them."""
+    if not num_slots:
+        return None
+
+    def rows(count: int) -> LoraRows:
+        tiles = torch.full((num_tiles(count), num_slots), -1, dtype=torch.int32, device=device)
+        return LoraRows(torch.zeros(1, count, num_slots, device=device), tiles)
+
+    return StepAdapters(rows(num_tokens), rows(num_rows))
 
 
 def pool_budget(
@@ -62,14 +80,15 @@ def pool_budget(
     max_num_seqs: int,
     max_model_len: int,
     block_size: int,
+    mix_bytes: int,
 ) -> int:
     """Bytes left for the KV pool on the decoder's GPU.
 
     Kept back: what is in use now, the worst step (``step_bytes``), as much again for the CUDA graphs (whose largest is
-    smaller than that step), what the sampler keeps and three copies of the block tables.
+    smaller than that step), what the sampler keeps, three copies of the block tables and ``mix_bytes``.
     """
     torch.cuda.empty_cache()
     free, total = torch.cuda.mem_get_info(decoder.device)
     sampler = max_num_seqs * decoder.config.vocab_size * _SAMPLER_BYTES
     tables = 3 * 4 * max_num_seqs * -(-max_model_len // block_size)
-    return int(total * gpu_memory_utilization) - (total - free) - 2 * step_bytes - sampler - tables
+    return int(total * gpu_memory_utilization) - (total - free) - 2 * step_bytes - sampler - tables - mix_bytes

@@ -1,9 +1,10 @@
 """Scheduler: which sequences get how many tokens in the next step. Knows no tensors and no clients.
 
 Running sequences that need one token come first, then those whose prompt is still being computed, then new ones, all
-within ``max_num_batched_tokens``. A new one whose beginning another is just computing waits to share it. When blocks
-run out, the least urgent and newest running sequence gives its blocks back and is computed again later. So that urgent
-ones cannot hold others off for ever, the oldest sequence goes before all once it is ``PATIENCE`` steps old.
+within ``max_num_batched_tokens``. A new one whose beginning another is just computing waits to share it, and one whose
+adapters find no slot is passed over. When blocks run out, the least urgent and newest running sequence gives its blocks
+back and is computed again later. So that urgent ones cannot hold others off for ever, the oldest sequence goes before
+all once it is ``PATIENCE`` steps old.
 """
 
 from __future__ import annotations
@@ -12,6 +13,7 @@ import bisect
 import time
 from dataclasses import dataclass
 
+from ..adapters.slots import AdapterSlots, SlotLoad
 from .block_events import FreeReason
 from .block_manager import BlockCopy, BlockManager, PrefixMatch
 from .host_tier import HostCopies
@@ -19,6 +21,8 @@ from .sequence import Sequence, Status
 
 PATIENCE = 1000
 """Steps after which a sequence that is the oldest becomes overdue."""
+SLOT_PATIENCE = 100
+"""Steps for which sequences whose adapters lie on the device may go before one whose adapters have no slot."""
 
 
 @dataclass(frozen=True)
@@ -30,6 +34,8 @@ class ScheduledSequence:
     start: int
     num_tokens: int
     sampled: tuple[Sequence, ...]
+    num_stored: int = 0
+    """Leading tokens whose K and V the blocks of ``seq.companion`` held before the step."""
 
 
 @dataclass(frozen=True)
@@ -41,6 +47,8 @@ class SchedulerOutput:
     host_copies: HostCopies
     """To be launched even when no sequence is scheduled."""
     num_tokens: int
+    slot_loads: tuple[SlotLoad, ...] = ()
+    """Likewise."""
 
 
 class Scheduler:
@@ -62,9 +70,12 @@ class Scheduler:
         max_num_batched_tokens: int,
         sliding_window: int | None = None,
         patience: int = PATIENCE,
+        slots: AdapterSlots | None = None,
     ) -> None:
-        """``sliding_window``: tokens a position attends to, itself included; None for all."""
+        """``sliding_window``: tokens a position attends to, itself included; None for all. ``slots``: of adapters;
+        None where no sequence has any."""
         self.blocks = blocks
+        self.slots = slots or AdapterSlots(0, lambda adapters: None)
         self.patience = patience
         self.sliding_window = sliding_window
         self.max_num_seqs = max_num_seqs
@@ -92,8 +103,7 @@ class Scheduler:
         if seq.status is Status.FINISHED:
             return
         if seq.status is Status.RUNNING:
-            self.running.remove(seq)
-            self.blocks.free(seq, reason)
+            self._stop_running(seq, reason)
         elif seq in self.waiting:
             self.waiting.remove(seq)
         else:
@@ -130,15 +140,17 @@ class Scheduler:
                 self.blocks.release_before(seq, seq.num_computed + 1 - self.sliding_window)
             if not self._make_room(seq, num_tokens, scheduled):
                 continue
-            copy = self.blocks.grow(seq, num_tokens)
-            if copy is not None:
-                copies.append(copy)
+            copies += self.blocks.grow(seq, num_tokens)
             scheduled.append(self._advance(seq, num_tokens))
             budget -= num_tokens
+        slots_awaited = False
         for seq in list(self.waiting):
             if budget == 0 or len(self.running) >= self.max_num_seqs or seq.num_pending:
                 break
             if seq.waits_for is not None and self.blocks.still_waits(seq):
+                continue
+            if seq.adapters and (slots_awaited or not self._has_slots(seq)):
+                slots_awaited = slots_awaited or self._waits_too_long_for_slots(seq)
                 continue
             matched = self.blocks.match_prefix(seq)
             if self.blocks.must_wait(seq, matched):
@@ -151,9 +163,16 @@ class Scheduler:
             scheduled.append(self._advance(seq, num_tokens))
             budget -= num_tokens
         self.peak_running = max(self.peak_running, len(self.running))
-        scheduled.sort(key=lambda item: item.num_tokens > 1)
+        # Rows with the same adapters lie side by side: fewer programs read each of them.
+        scheduled.sort(key=lambda item: (item.num_tokens > 1, [adapter.slot for adapter in item.seq.adapters]))
         host_copies = self.blocks.host_tier.take_copies() if self.blocks.host_tier else HostCopies((), ())
-        return SchedulerOutput(tuple(scheduled), tuple(copies), host_copies, self.max_num_batched_tokens - budget)
+        return SchedulerOutput(
+            scheduled=tuple(scheduled),
+            block_copies=tuple(copies),
+            host_copies=host_copies,
+            num_tokens=self.max_num_batched_tokens - budget,
+            slot_loads=self.slots.take_loads(),
+        )
 
     def check_integrity(self) -> None:
         """Raise AssertionError unless lists, states and blocks agree."""
@@ -163,17 +182,22 @@ class Scheduler:
         assert len(self.running) <= self.max_num_seqs
         assert self._added_at.keys() >= {*self.waiting, *self.running}
         assert sum(seq.overdue for seq in (*self.waiting, *self.running)) <= 1
-        self.blocks.check_integrity(self.running)
+        companions = [seq.companion for seq in self.running if seq.companion is not None]
+        self.blocks.check_integrity([*self.running, *companions])
+        self.slots.check_integrity([seq.adapters for seq in self.running])
 
     def _advance(self, seq: Sequence, num_tokens: int) -> ScheduledSequence:
-        start = seq.num_computed
+        start, stored = seq.num_computed, 0
         seq.num_computed += num_tokens
+        if seq.companion is not None:
+            stored = seq.companion.num_computed
+            seq.companion.num_computed = max(stored, min(seq.num_computed, seq.freeze_at or seq.num_computed))
         if seq.num_computed < seq.num_tokens:
-            return ScheduledSequence(seq, start, num_tokens, ())
+            return ScheduledSequence(seq, start, num_tokens, (), stored)
         sampled = (seq, *self._start_forks(seq))
         for sample in sampled:
             sample.num_pending += 1
-        return ScheduledSequence(seq, start, num_tokens, sampled)
+        return ScheduledSequence(seq, start, num_tokens, sampled, stored)
 
     def _start_forks(self, parent: Sequence) -> list[Sequence]:
         """Samples that share the prompt just computed; those beyond max_num_seqs wait and start on their own."""
@@ -181,6 +205,7 @@ class Scheduler:
         forks, parent.forks = parent.forks[:room], parent.forks[room:]
         for seq in forks:
             self.blocks.fork(parent, seq)
+            self.slots.acquire(seq.adapters)
             seq.status, seq.started = Status.RUNNING, True
             seq.num_cached_tokens = parent.num_cached_tokens
             self.running.append(seq)
@@ -216,18 +241,32 @@ class Scheduler:
             self.waiting.remove(oldest)
             oldest.overdue = True
             self.add(oldest)
-        if oldest.num_pending:
+        if oldest.num_pending or not self.slots.ready(oldest.adapters):
             return
         matched = self.blocks.match_prefix(oldest)
         while len(self.running) >= self.max_num_seqs or not self._admit(oldest, matched):
             self._preempt(max(self.running, key=lambda s: s.order))
 
     def _preempt(self, seq: Sequence) -> None:
-        self.running.remove(seq)
-        self.blocks.free(seq, FreeReason.PREEMPTED)
+        self._stop_running(seq, FreeReason.PREEMPTED)
         seq.status = Status.WAITING
         self.add(seq)
         self.num_preemptions += 1
+
+    def _stop_running(self, seq: Sequence, reason: FreeReason) -> None:
+        self.running.remove(seq)
+        self.slots.release(seq.adapters)
+        self.blocks.free(seq, reason)
+
+    def _has_slots(self, seq: Sequence) -> bool:
+        """Whether its adapters could be on the device in the next step."""
+        return self.slots.ready(seq.adapters) and self.slots.fits(seq.adapters)
+
+    def _waits_too_long_for_slots(self, seq: Sequence) -> bool:
+        """Whether sequences after it that take adapters must wait too, so that slots become free."""
+        if seq.passed_over_since is None:
+            seq.passed_over_since = self.num_steps
+        return self.num_steps - seq.passed_over_since >= SLOT_PATIENCE
 
     def _admit(self, seq: Sequence, matched: PrefixMatch) -> bool:
         """Reserve the whole sequence's blocks, so that computing its prompt preempts nobody."""
@@ -235,6 +274,10 @@ class Scheduler:
         reserve = len(self.running) // 8 if self.running else 0
         if self.blocks.blocks_missing(matched, seq.num_tokens) + reserve > self.blocks.num_free:
             return False
+        if not self._has_slots(seq):
+            return False
+        self.slots.acquire(seq.adapters)
+        seq.passed_over_since = None
         self.blocks.admit(seq, matched, seq.num_tokens)
         if matched.num_host:
             # Its blocks are copied while this step runs without it.

@@ -5,8 +5,13 @@ from __future__ import annotations
 import enum
 import time
 from dataclasses import dataclass, field
+from typing import TYPE_CHECKING
 
 from ..protocol import SamplingParams
+
+if TYPE_CHECKING:
+    from ..adapters.adapter import Adapter, Blend
+    from ..adapters.mix import MixUse
 
 
 class Status(enum.Enum):
@@ -38,6 +43,15 @@ class Sequence:
     """Order of arrival; unique in an engine."""
     salt: bytes = b""
     """Enters every block hash: blocks are shared between equal salts only."""
+    blend: Blend | MixUse | None = None
+    """What it takes of which adapters."""
+    companion: Sequence | None = None
+    """With a mix: the same tokens as the pass sees them that yields the classifier's input. It owns the blocks of that
+    pass and is never scheduled; ``num_computed`` counts what its blocks hold, at least as much as this one's."""
+    cache_limit: int | None = None
+    """Blocks that reach beyond so many tokens are not shared: what they hold depends on more than their tokens."""
+    wants_scalings: bool = False
+    """Whether the scalings of its tokens' adapters go with them."""
     arrival_time: float = field(default_factory=time.monotonic)
     status: Status = Status.WAITING
     started: bool = False
@@ -60,6 +74,8 @@ class Sequence:
     """Blocks before this index will be registered by this sequence, those from ``num_registered`` on later."""
     fetched_at: int = 0
     """The last step before which blocks of it were copied back from the host tier."""
+    passed_over_since: int | None = None
+    """The step at which others first went before it, because there was no slot for its adapters."""
     waits_for: bytes | None = None
     """Hash of the next block of its prefix, which another sequence is computing."""
     forks: list[Sequence] = field(default_factory=list)
@@ -70,8 +86,25 @@ class Sequence:
         return self.request_id, self.sample_index
 
     @property
+    def adapters(self) -> tuple[Adapter, ...]:
+        return () if self.blend is None else self.blend.adapters
+
+    @property
     def num_tokens(self) -> int:
         return len(self.token_ids) + self.num_pending
+
+    @property
+    def num_cacheable(self) -> int:
+        """Leading tokens whose full blocks may be shared."""
+        known = len(self.token_ids)
+        return known if self.cache_limit is None else min(known, self.cache_limit)
+
+    @property
+    def freeze_at(self) -> int | None:
+        """The first token that takes the scalings of the one before it; None: every token has its own."""
+        if self.companion is None or self.blend is None or not self.blend.freeze_after:
+            return None
+        return self.num_prompt_tokens + self.blend.freeze_after
 
     @property
     def num_output_tokens(self) -> int:

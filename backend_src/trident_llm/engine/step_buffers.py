@@ -16,9 +16,13 @@ import torch
 from numpy.typing import NDArray
 from torch import Tensor
 
+from ..kernels.lora_layer import num_tiles
+
 _TOKEN_FIELDS = {"token_ids": "int64", "positions": "int64", "slots": "int64", "sources": "int64"}
 _SEQ_FIELDS = {"context_lens": "int32", "cu_seqlens_q": "int32", "seq_counts": "int32"}
 _ROW_FIELDS = {"logits_rows": "int64"}
+_ADAPTER_FIELDS = {"adapter_weights": "float32", "adapter_tiles": "int32", "adapter_row_tiles": "int32"}
+"""See LoraRows: weights of the tokens, and the slots of each tile of tokens and of rows."""
 _SAMPLE_FIELDS = {
     "seed": "int64",
     "sample_index": "int64",
@@ -37,12 +41,13 @@ _SAMPLE_FIELDS = {
 
 @dataclass(frozen=True)
 class StepSizes:
-    """T tokens of S sequences, R rows of logits and N samples."""
+    """T tokens of S sequences, R rows of logits, N samples, and slots of adapters where tokens take some."""
 
     num_tokens: int
     num_seqs: int
     num_rows: int
     num_samples: int
+    num_slots: int = 0
 
     def fields(self) -> dict[str, tuple[str, int]]:
         """dtype and length of each field. cu_seqlens_q has one entry more than there are sequences; seq_counts has two
@@ -54,8 +59,11 @@ class StepSizes:
             "context_lens": self.num_seqs,
             "cu_seqlens_q": self.num_seqs + 1,
             "seq_counts": 2,
+            "adapter_weights": self.num_tokens * self.num_slots,
+            "adapter_tiles": num_tiles(self.num_tokens) * self.num_slots,
+            "adapter_row_tiles": num_tiles(self.num_rows) * self.num_slots,
         }
-        dtypes = {**_TOKEN_FIELDS, **_SEQ_FIELDS, **_ROW_FIELDS, **_SAMPLE_FIELDS}
+        dtypes = {**_TOKEN_FIELDS, **_SEQ_FIELDS, **_ROW_FIELDS, **_SAMPLE_FIELDS, **_ADAPTER_FIELDS}
         return {name: (dtypes[name], length) for name, length in lengths.items()}
 
 
@@ -113,12 +121,12 @@ class StepBuffers:
 
     def upload(self, sizes: StepSizes, values: Mapping[str, Sequence[Any]], tables: Sequence[Sequence[int]]) -> None:
         """Send a step. A field with fewer values than ``sizes`` says keeps zeros behind them, except that ``slots`` is
-        filled with -1 (nothing is stored), ``sources`` and ``penalty_slot`` with -1 (none), and ``cu_seqlens_q`` with
-        its last value (sequences without tokens)."""
+        filled with -1 (nothing is stored), ``sources``, ``penalty_slot`` and slots of tiles with -1 (none), and
+        ``cu_seqlens_q`` with its last value (sequences without tokens)."""
         num_bytes = _layout(sizes).num_bytes
         self._turn ^= 1
         for name, view in self._host_views(sizes, self._turn).items():
-            given = values[name]
+            given = values.get(name, ())
             view[: len(given)] = given
             if len(given) < len(view):
                 view[len(given) :] = given[-1] if name == "cu_seqlens_q" else _FILL.get(name, 0)
@@ -136,4 +144,4 @@ class StepBuffers:
         self.block_tables[: len(tables), :width].copy_(arena.view(len(tables), width))
 
 
-_FILL = {"slots": -1, "sources": -1, "penalty_slot": -1}
+_FILL = {"slots": -1, "sources": -1, "penalty_slot": -1, "adapter_tiles": -1, "adapter_row_tiles": -1}

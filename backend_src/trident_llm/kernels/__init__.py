@@ -12,16 +12,22 @@ import torch
 from torch import Tensor
 
 from ..engine.batch import AttentionMetadata
+from .deferred_norm import DeferredNorm
 from .layer_cache import LayerCache
+from .lora_layer import LoraLayer, LoraRows
+from .quantized_weight import QuantizedWeight
 
 
 class Kernels(Protocol):
     """What an implementation offers. Chosen once, at start, by ``kernels_for``."""
 
-    def pack_linear(self, weight: Tensor) -> Tensor:
-        """Bring a weight [out, in] into the layout that ``linear`` of this implementation reads."""
+    def pack_linear(self, weight: Tensor | QuantizedWeight) -> Any:
+        """Bring a weight [out, in] into the layout that ``linear`` of this implementation reads.
 
-    def linear(self, x: Tensor, weight: Tensor, bias: Tensor | None = None) -> Tensor:
+        The packed weight is opaque to the caller, but for ``nbytes``.
+        """
+
+    def linear(self, x: Tensor | DeferredNorm, weight: Any, bias: Tensor | None = None) -> Tensor:
         """x [T, in] times a packed weight, plus bias [out] -> [T, out]."""
 
     def rms_norm(self, x: Tensor, weight: Tensor, eps: float) -> Tensor:
@@ -33,13 +39,29 @@ class Kernels(Protocol):
     def silu_and_mul(self, gate_up: Tensor) -> Tensor:
         """gate_up [T, 2 * I], gate first -> silu(gate) * up, [T, I]."""
 
-    def linear_silu_and_mul(self, x: Tensor, weight: Tensor, bias: Tensor | None = None) -> Tensor:
+    def linear_silu_and_mul(self, x: Tensor | DeferredNorm, weight: Any, bias: Tensor | None = None) -> Tensor:
         """``silu_and_mul(linear(x, weight, bias))``, in one kernel where that is faster."""
 
     def linear_add_rms_norm(
-        self, x: Tensor, weight: Tensor, bias: Tensor | None, residual: Tensor, norm_weight: Tensor, eps: float
-    ) -> Tensor:
-        """``fused_add_rms_norm(linear(x, weight, bias), residual, norm_weight, eps)``, likewise."""
+        self,
+        x: Tensor,
+        weight: Any,
+        bias: Tensor | None,
+        residual: Tensor,
+        norm_weight: Tensor,
+        eps: float,
+        may_defer: bool = False,
+    ) -> Tensor | DeferredNorm:
+        """``fused_add_rms_norm(linear(x, weight, bias), residual, norm_weight, eps)``, likewise.
+
+        may_defer: only linear layers read the norm.
+        """
+
+    def add_lora(self, y: Tensor, x: Tensor, bias: Tensor | None, layer: LoraLayer, rows: LoraRows) -> None:
+        """Add to y [T, out], which is W x + bias, what ``rows`` take of the updates in ``layer``; in place.
+
+        x: [T, in]. Without a slot in use this changes nothing.
+        """
 
     def plan_attention(
         self, metadata: AttentionMetadata, *, dtype: torch.dtype, sliding_window: int | None = None

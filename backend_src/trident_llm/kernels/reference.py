@@ -1,6 +1,7 @@
 """Torch twins of the decoder's operators, for the CPU; signatures and meanings are those of ``Kernels``.
 
 On x86 CPUs linear layers read weights that oneDNN has packed: about twice as fast as plain ones at one token.
+Quantized weights are ``reference_quantized``'s.
 """
 
 from __future__ import annotations
@@ -11,10 +12,15 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
+from . import reference_quantized
 from .layer_cache import SCALED_LIMITS, LayerCache
+from .quantized_weight import QuantizedWeight
 from .reference_attention import AttentionPlan, paged_attention, plan_attention
+from .reference_lora import add_lora
+from .reference_quantized import PackedWeight
 
 __all__ = [
+    "add_lora",
     "fused_add_rms_norm",
     "linear",
     "linear_add_rms_norm",
@@ -39,13 +45,18 @@ def _onednn_dtypes() -> frozenset[torch.dtype]:
 _PACKED_DTYPES = _onednn_dtypes()
 
 
-def pack_linear(weight: Tensor) -> Tensor:
+def pack_linear(weight: Tensor | QuantizedWeight) -> Tensor | PackedWeight:
+    if isinstance(weight, QuantizedWeight):
+        return reference_quantized.pack(weight)
     if weight.device.type == "cpu" and weight.dtype in _PACKED_DTYPES:
         return torch.ops.mkldnn._reorder_linear_weight.default(weight)
     return weight
 
 
-def linear(x: Tensor, weight: Tensor, bias: Tensor | None = None) -> Tensor:
+def linear(x: Tensor, weight: Tensor | PackedWeight, bias: Tensor | None = None) -> Tensor:
+    if isinstance(weight, PackedWeight):
+        y = reference_quantized.linear(x, weight)
+        return y if bias is None else y.add_(bias)
     if weight.is_mkldnn:
         return torch.ops.mkldnn._linear_pointwise.default(x, weight, bias, "none", [], "")
     return F.linear(x, weight, bias)
@@ -64,13 +75,20 @@ def silu_and_mul(gate_up: Tensor) -> Tensor:
     return F.silu(gate).mul_(up)
 
 
-def linear_silu_and_mul(x: Tensor, weight: Tensor, bias: Tensor | None = None) -> Tensor:
+def linear_silu_and_mul(x: Tensor, weight: Tensor | PackedWeight, bias: Tensor | None = None) -> Tensor:
     return silu_and_mul(linear(x, weight, bias))
 
 
 def linear_add_rms_norm(
-    x: Tensor, weight: Tensor, bias: Tensor | None, residual: Tensor, norm_weight: Tensor, eps: float
+    x: Tensor,
+    weight: Tensor | PackedWeight,
+    bias: Tensor | None,
+    residual: Tensor,
+    norm_weight: Tensor,
+    eps: float,
+    may_defer: bool = False,
 ) -> Tensor:
+    del may_defer
     return fused_add_rms_norm(linear(x, weight, bias), residual, norm_weight, eps)
 
 

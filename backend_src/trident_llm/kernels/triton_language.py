@@ -7,6 +7,7 @@ tables and slots are read on the device.
 from __future__ import annotations
 
 from dataclasses import dataclass
+from typing import Any
 
 import torch
 import torch.nn.functional as F
@@ -16,8 +17,14 @@ from ..engine.batch import AttentionMetadata
 from . import matrix_vector, skinny_matmul
 from .checks import HALF_DTYPES
 from .decode_attention import allocate_workspace, choose_num_splits, decode_attention
+from .deferred_norm import DeferredNorm, finished
 from .layer_cache import LayerCache
+from .lora import add_lora
+from .lora_layer import LoraLayer, LoraRows
 from .matrix_vector import matrix_vector as multiply_vector
+from .packed_bytes import PackedBytes, pack_bytes
+from .packed_linear import PackedLinear
+from .packed_weight import PackedWeight, pack
 from .prefill_attention import (
     PrefillWorkspace,
     allocate_prefill_workspace,
@@ -25,8 +32,11 @@ from .prefill_attention import (
     default_config,
     prefill_attention,
 )
+from .quantized_linear import QuantizedLinear
+from .quantized_weight import QuantizedWeight
 from .rms_norm import rms_norm
 from .rotary_store import rotary_embed_and_store_kv
+from .scaled_linear import ScaledLinear
 from .silu_and_mul import silu_and_mul
 from .skinny_matmul import skinny_matmul as multiply_skinny
 
@@ -37,6 +47,8 @@ _LONG_INPUTS = 8192
 _MAX_ADDED_INPUTS = 1 << 24
 """Elements of x up to which it pays to let cuBLAS add the residual. H100, 256 rows of 14,336: 63.7 instead of 64.5 us
 with the norm; 2,048 rows of 4,096: 101 instead of 111; 2,048 rows of 14,336: 320 instead of 317."""
+
+Weight = Tensor | PackedWeight | PackedBytes
 
 
 @dataclass(frozen=True)
@@ -81,6 +93,11 @@ class TritonLanguageKernels:
     def __init__(self, *, num_processors: int, pdl: bool) -> None:
         self._num_processors = num_processors
         self._pdl = pdl
+        self._packed: dict[type, PackedLinear[Any]] = {
+            PackedWeight: QuantizedLinear(pdl=pdl),
+            PackedBytes: ScaledLinear(pdl=pdl),
+        }
+        """Who multiplies with what is not a plain tensor."""
 
     @classmethod
     def for_device(cls, device: torch.device) -> TritonLanguageKernels:
@@ -88,10 +105,15 @@ class TritonLanguageKernels:
         # Programmatic dependent launch came with compute capability 9.0.
         return cls(num_processors=properties.multi_processor_count, pdl=properties.major >= 9)
 
-    def pack_linear(self, weight: Tensor) -> Tensor:
-        return weight.contiguous()
+    def pack_linear(self, weight: Tensor | QuantizedWeight) -> Weight:
+        if isinstance(weight, Tensor):
+            return weight.contiguous()
+        return pack(weight) if weight.activations == "none" else pack_bytes(weight)
 
-    def linear(self, x: Tensor, weight: Tensor, bias: Tensor | None = None) -> Tensor:
+    def linear(self, x: Tensor | DeferredNorm, weight: Weight, bias: Tensor | None = None) -> Tensor:
+        if not isinstance(weight, Tensor):
+            return self._packed[type(weight)].linear(x, weight, bias)
+        x = finished(x)
         if not _streams_weight(x, weight, _MAX_STREAMED_ROWS):
             return F.linear(x, weight, bias)
         out = x.new_empty(x.shape[0], weight.shape[0])
@@ -116,7 +138,12 @@ class TritonLanguageKernels:
         silu_and_mul(gate_up, out, pdl=self._pdl)
         return out
 
-    def linear_silu_and_mul(self, x: Tensor, weight: Tensor, bias: Tensor | None = None) -> Tensor:
+    def linear_silu_and_mul(
+        self, x: Tensor | DeferredNorm, weight: Weight, bias: Tensor | None = None
+    ) -> Tensor:
+        if not isinstance(weight, Tensor):
+            return self._packed[type(weight)].silu_and_mul(x, weight, bias)
+        x = finished(x)
         # What the fusion saves outweighs what cuBLAS is faster.
         if bias is not None or not _streams_weight(x, weight, skinny_matmul.MAX_ROWS):
             return self.silu_and_mul(self.linear(x, weight, bias))
@@ -126,8 +153,20 @@ class TritonLanguageKernels:
         return out
 
     def linear_add_rms_norm(
-        self, x: Tensor, weight: Tensor, bias: Tensor | None, residual: Tensor, norm_weight: Tensor, eps: float
-    ) -> Tensor:
+        self,
+        x: Tensor,
+        weight: Weight,
+        bias: Tensor | None,
+        residual: Tensor,
+        norm_weight: Tensor,
+        eps: float,
+        may_defer: bool = False,
+    ) -> Tensor | DeferredNorm:
+        if not isinstance(weight, Tensor):
+            # In fp16 a row times the norm's weight could overflow before it is scaled.
+            may_defer = may_defer and x.dtype == torch.bfloat16
+            multiplier = self._packed[type(weight)]
+            return multiplier.add_rms_norm(x, weight, bias, residual, norm_weight, eps, may_defer)
         num_rows, num_inputs = x.shape
         max_rows = skinny_matmul.MAX_ROWS if num_inputs >= _LONG_INPUTS else _MAX_STREAMED_ROWS
         if bias is None and num_rows > matrix_vector.MAX_ROWS and weight.dtype == x.dtype and x.dtype in HALF_DTYPES:
@@ -149,6 +188,9 @@ class TritonLanguageKernels:
         out = torch.empty_like(residual)
         rms_norm(parts, norm_weight, eps, out, residual=residual, pdl=self._pdl)
         return out
+
+    def add_lora(self, y: Tensor, x: Tensor, bias: Tensor | None, layer: LoraLayer, rows: LoraRows) -> None:
+        add_lora(y, x, bias, layer, rows, pdl=self._pdl)
 
     def plan_attention(
         self, metadata: AttentionMetadata, *, dtype: torch.dtype, sliding_window: int | None = None

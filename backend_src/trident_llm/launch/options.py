@@ -49,7 +49,7 @@ def parse_options(arguments: Sequence[str]) -> Options:
     repository = args.model_repository.expanduser().resolve()
     names = model_names(repository)
     only = _only(args.only, names)
-    settings = _settings(args.set)
+    settings = _with_absolute_paths(_settings(args.set))
     if "llm" in (only or names) and os.environ.get(ADMIN_TOKEN_VARIABLE):
         settings.setdefault("admin_token", os.environ[ADMIN_TOKEN_VARIABLE])
     if args.model is not None and "model" in settings:
@@ -134,6 +134,23 @@ def _settings(pairs: Sequence[str]) -> dict[str, str]:
             raise BadRequest(f"--set {key}: given twice")
         settings[key] = value
     return settings
+
+
+_FOLDERS = ("adapter_root", "xlora")
+
+
+def _with_absolute_paths(settings: dict[str, str]) -> dict[str, str]:
+    """Folders of adapters relative to here: the engine runs elsewhere. What is no folder may be a hub's id."""
+    changed = {key: _absolute(settings[key]) for key in _FOLDERS if settings.get(key)}
+    if settings.get("adapters"):
+        pairs = [part.partition("=") for part in settings["adapters"].split(",")]
+        changed["adapters"] = ",".join(f"{name}{equals}{_absolute(path)}" for name, equals, path in pairs)
+    return {**settings, **changed}
+
+
+def _absolute(text: str) -> str:
+    path = Path(text.strip()).expanduser()
+    return str(path.resolve()) if text.strip() and path.exists() else text.strip()
 
 
 def _only(text: str | None, names: tuple[str, ...]) -> tuple[str, ...]:

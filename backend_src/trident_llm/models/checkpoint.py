@@ -5,7 +5,6 @@ One class per file format, with the same few methods. Knows nothing of what a mo
 
 from __future__ import annotations
 
-from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Protocol
@@ -20,7 +19,10 @@ from .gguf_file import GgufFile, open_gguf
 from .model_config import ModelConfig
 from .source import ModelSource
 
-_FLOATS = {"F64", "F32", "F16", "BF16"}
+FLOATS = ("F64", "F32", "F16", "BF16")
+"""safetensors' names of the dtypes that parameters come in."""
+_QUANTIZED = ("F8_E4M3", "I8", "I32", "I64")
+"""And of those that quantized ones are made of."""
 
 
 @dataclass(frozen=True)
@@ -31,6 +33,8 @@ class StoredTensor:
     stored_name: str
     shape: tuple[int, ...]
     file: Path
+    dtype: str = ""
+    """The file format's name of it."""
 
     def error(self, problem: str) -> LoadFailed:
         alias = "" if self.name == self.stored_name else f" ({self.name})"
@@ -38,13 +42,13 @@ class StoredTensor:
 
 
 class Checkpoint(Protocol):
-    """What iter_weights needs of a file format."""
+    """What weight readers need of a file format."""
 
     tensors: list[StoredTensor]
     """All tensors, in the order in which reading is cheapest."""
 
-    def read(self) -> Iterator[torch.Tensor]:
-        """The values of ``tensors``, one after another, on the CPU, in any float dtype. May map the file."""
+    def read(self, tensor: StoredTensor) -> torch.Tensor:
+        """The values of one of ``tensors``, on the CPU, in any float dtype. They may map the file."""
         ...
 
 
@@ -58,35 +62,36 @@ def open_checkpoint(source: ModelSource, config: ModelConfig) -> Checkpoint:
 class SafetensorsCheckpoint:
     """One or more safetensors files, mapped into memory."""
 
-    def __init__(self, files: tuple[Path, ...]) -> None:
+    def __init__(self, files: tuple[Path, ...], *, quantized: bool = False) -> None:
+        """quantized: whether there may be integers and 8-bit floats."""
         self.tensors: list[StoredTensor] = []
         for path in files:
-            self.tensors.extend(_safetensors_header(path))
+            self.tensors.extend(_safetensors_header(path, FLOATS + _QUANTIZED if quantized else FLOATS))
+        self._open_path: Path | None = None
+        self._open_file: Any = None
 
-    def read(self) -> Iterator[torch.Tensor]:
-        for path in dict.fromkeys(tensor.file for tensor in self.tensors):
-            with safe_open(path, framework="pt") as file:
-                for tensor in self.tensors:
-                    if tensor.file == path:
-                        yield _get(file, tensor)
+    def read(self, tensor: StoredTensor) -> torch.Tensor:
+        try:
+            return self._file(tensor.file).get_tensor(tensor.stored_name)
+        except (SafetensorError, OSError, RuntimeError) as error:
+            raise tensor.error(f"cannot be read: {error}") from error
+
+    def _file(self, path: Path) -> Any:
+        """The mapped file. Only the last one stays open: neighbouring tensors mostly lie in one file."""
+        if path != self._open_path:
+            self._open_path, self._open_file = path, safe_open(path, framework="pt")
+        return self._open_file
 
 
-def _get(file: Any, tensor: StoredTensor) -> torch.Tensor:
-    try:
-        return file.get_tensor(tensor.stored_name)
-    except (SafetensorError, RuntimeError) as error:
-        raise tensor.error(f"cannot be read: {error}") from error
-
-
-def _safetensors_header(path: Path) -> list[StoredTensor]:
+def _safetensors_header(path: Path, dtypes: tuple[str, ...]) -> list[StoredTensor]:
     tensors = []
     try:
         with safe_open(path, framework="pt") as file:
             for name in file.offset_keys():
                 view = file.get_slice(name)
-                tensor = StoredTensor(name, name, tuple(view.get_shape()), path)
-                if view.get_dtype() not in _FLOATS:
-                    raise tensor.error(f"dtype {view.get_dtype()} is not supported; supported: {', '.join(_FLOATS)}")
+                tensor = StoredTensor(name, name, tuple(view.get_shape()), path, view.get_dtype())
+                if tensor.dtype not in dtypes:
+                    raise tensor.error(f"dtype {tensor.dtype} is not supported; supported: {', '.join(dtypes)}")
                 tensors.append(tensor)
     except (SafetensorError, OSError) as error:
         raise LoadFailed(f"{path}: cannot be read as safetensors: {error}") from error
@@ -98,22 +103,24 @@ class GgufCheckpoint:
 
     def __init__(self, file: GgufFile, config: ModelConfig) -> None:
         self._file = file
-        self._config = config
-        self._interleaved = gguf_architecture(file).gguf_interleaves_qk
+        interleaved = gguf_architecture(file).gguf_interleaves_qk
+        self._interleaved_heads = (
+            {"attn_q": config.num_attention_heads, "attn_k": config.num_key_value_heads} if interleaved else {}
+        )
         self.tensors = [
-            StoredTensor(_hugging_face_name(tensor.name), tensor.name, tensor.shape, file.path)
+            StoredTensor(
+                _hugging_face_name(tensor.name), tensor.name, tensor.shape, file.path, tensor.quantization.name
+            )
             for tensor in file.tensors.values()
             if tensor.name != ROPE_FACTORS
         ]
 
-    def read(self) -> Iterator[torch.Tensor]:
-        heads = {"attn_q": self._config.num_attention_heads, "attn_k": self._config.num_key_value_heads}
-        for tensor in self.tensors:
-            values = self._file.read(tensor.stored_name)
-            leaf = tensor.stored_name.split(".")[-2]
-            if self._interleaved and leaf in heads:
-                values = _deinterleave(values, heads[leaf])
-            yield torch.from_numpy(np.ascontiguousarray(values))
+    def read(self, tensor: StoredTensor) -> torch.Tensor:
+        values = self._file.read(tensor.stored_name)
+        num_heads = self._interleaved_heads.get(tensor.stored_name.split(".")[-2])
+        if num_heads is not None:
+            values = _deinterleave(values, num_heads)
+        return torch.from_numpy(np.ascontiguousarray(values))
 
 
 def _deinterleave(values: np.ndarray, num_heads: int) -> np.ndarray:

@@ -7,11 +7,12 @@ from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
-from ..errors import BadRequest, LoadFailed
+from ..errors import LoadFailed
 from .gguf_config import read_gguf_config
 from .model_config import ModelConfig
 from .registry import Architecture, find_architecture
 from .source import ModelSource
+from .stored_quantization import StoredQuantization, read_stored_quantization
 
 _DTYPES = {"bfloat16": "bf16", "float16": "fp16", "float32": "fp32"}
 _DEFAULT_ROPE_THETA = 10000.0
@@ -59,6 +60,7 @@ def read_model_config(source: ModelSource) -> ModelConfig:
         dtype=_dtype(fields),
         bos_token_id=next(iter(_token_ids("bos_token_id", sources)), None),
         eos_token_ids=_token_ids("eos_token_id", sources),
+        quantization=_quantization(fields),
     )
 
 
@@ -111,11 +113,11 @@ def _refuse_what_changes_the_model(fields: Fields) -> None:
     activation = fields.get("hidden_act", str, "silu")
     if activation != "silu":
         raise fields.error("hidden_act", f"{activation!r} is not supported; only silu is")
-    if fields.get("quantization_config", dict, None):
-        raise BadRequest(
-            f"model: {fields.path.parent} holds quantized weights (quantization_config); give the model in bf16, fp16 "
-            "or fp32, or as GGUF"
-        )
+
+
+def _quantization(fields: Fields) -> StoredQuantization | None:
+    values = fields.get("quantization_config", dict, None)
+    return read_stored_quantization(values, fields.error) if values else None
 
 
 def _num_key_value_heads(fields: Fields, num_heads: int) -> int:

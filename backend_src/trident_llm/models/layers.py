@@ -7,27 +7,41 @@ from __future__ import annotations
 
 from collections.abc import Callable, Iterable, Mapping
 from dataclasses import dataclass
+from typing import Any
 
 import torch
 from torch import Tensor
 
 from ..errors import LoadFailed
 from ..kernels import Kernels
+from ..kernels.deferred_norm import DeferredNorm, finished
+from ..kernels.lora_layer import LoraLayer, LoraRows
+from ..kernels.quantized_weight import QuantizedWeight, stack
 
 
 class Linear:
-    """y = x W^T + b. The weight is packed for the device when it is set."""
+    """y = x W^T + b. The weight is packed for the device when it is set.
 
-    __slots__ = ("_kernels", "_linear", "bias", "weight")
+    Where the calls take ``adapters``, y is that plus what these rows take of the layer's low-rank updates.
+    """
 
-    weight: Tensor
+    __slots__ = ("_kernels", "_linear", "bias", "input_scales", "lora", "output_scales", "weight")
+
+    weight: Any
+    """As the device's kernels pack it."""
 
     def __init__(self, kernels: Kernels) -> None:
         self._kernels = kernels
         self._linear = kernels.linear
         self.bias: Tensor | None = None
+        self.input_scales: Tensor | None = None
+        """[in]: quantization multiplied the weight's columns by them, and x comes divided by them."""
+        self.output_scales: Tensor | None = None
+        """[out]: what y comes divided by, because the layer that reads it expects so."""
+        self.lora: LoraLayer | None = None
+        """The updates; None where there can be none."""
 
-    def set_weight(self, weight: Tensor) -> None:
+    def set_weight(self, weight: Tensor | QuantizedWeight) -> None:
         """weight: [out, in]."""
         self.weight = self._kernels.pack_linear(weight)
 
@@ -35,16 +49,51 @@ class Linear:
         """bias: [out]."""
         self.bias = bias
 
-    def __call__(self, x: Tensor) -> Tensor:
-        return self._linear(x, self.weight, self.bias)
+    def __call__(self, x: Tensor | DeferredNorm, adapters: LoraRows | None = None) -> Tensor:
+        y = self._linear(x, self.weight, self.bias)
+        if adapters is not None and self.lora is not None:
+            self._kernels.add_lora(y, finished(x), self.bias, self.lora, adapters)
+        return y
 
-    def silu_and_mul(self, x: Tensor) -> Tensor:
+    def product(self, x: Tensor) -> Tensor:
+        """x W^T, whatever the bias and the updates."""
+        return self._linear(x, self.weight, None)
+
+    def silu_and_mul(self, x: Tensor | DeferredNorm, adapters: LoraRows | None = None) -> Tensor:
         """silu(gate) * up of this layer's outputs, gate first: [T, out / 2]."""
-        return self._kernels.linear_silu_and_mul(x, self.weight, self.bias)
+        if adapters is None:
+            return self._kernels.linear_silu_and_mul(x, self.weight, self.bias)
+        return self._kernels.silu_and_mul(self(x, adapters))
 
-    def add_rms_norm(self, x: Tensor, residual: Tensor, norm_weight: Tensor, eps: float) -> Tensor:
-        """Add this layer's outputs to residual [T, out] in place; the norm of the sum, [T, out]."""
-        return self._kernels.linear_add_rms_norm(x, self.weight, self.bias, residual, norm_weight, eps)
+    def add_rms_norm(
+        self,
+        x: Tensor,
+        residual: Tensor,
+        norm_weight: Tensor,
+        eps: float,
+        adapters: LoraRows | None = None,
+        *,
+        may_defer: bool = False,
+    ) -> Tensor | DeferredNorm:
+        """Add this layer's outputs to residual [T, out] in place; the norm of the sum, [T, out].
+
+        may_defer: see ``Kernels.linear_add_rms_norm``.
+        """
+        if adapters is None:
+            return self._kernels.linear_add_rms_norm(
+                x, self.weight, self.bias, residual, norm_weight, eps, may_defer
+            )
+        return self._kernels.fused_add_rms_norm(self(x, adapters), residual, norm_weight, eps)
+
+
+@dataclass(frozen=True)
+class AdaptableLinear:
+    """A linear layer that adapters may update."""
+
+    linear: Linear
+    parts: Mapping[str, int]
+    """Outputs of each of the checkpoint's modules that it stands for, by full name, in the order they are stacked."""
+    num_inputs: int
 
 
 @dataclass(frozen=True)
@@ -53,31 +102,29 @@ class WeightTarget:
 
     parts: Mapping[str, tuple[int, ...]]
     """Shapes by checkpoint name, in the order they are stacked."""
-    install: Callable[[Tensor], None]
-    """Called with the whole tensor once all parts are there."""
+    install: Callable[[Any], None]
+    """Called with the whole once all parts are there: a tensor, or a QuantizedWeight for a linear layer."""
 
 
 def load_targets(
     targets: Iterable[WeightTarget],
-    weights: Iterable[tuple[str, Tensor]],
+    weights: Iterable[tuple[str, Tensor | QuantizedWeight]],
     *,
     dtype: torch.dtype,
     device: torch.device,
-) -> int:
+) -> None:
     """Copy each checkpoint tensor to its place as it comes and install what is complete.
 
-    At any time only the tensors whose parts have not all come yet exist beside the installed ones. Returns the bytes
-    installed. Raises ``LoadFailed`` for a name that is unknown or comes twice, a wrong shape, and missing tensors.
+    At any time only the tensors whose parts have not all come yet exist beside the installed ones. Raises
+    ``LoadFailed`` for a name that is unknown or comes twice, a wrong shape, and missing tensors.
     """
     builders = {name: builder for builder in map(_Builder, targets) for name in builder.target.parts}
-    num_bytes = 0
     for name, tensor in weights:
         if name not in builders:
             raise LoadFailed(f"model: tensor {name!r} has no place in this model, or came twice")
-        num_bytes += builders.pop(name).add(name, tensor, dtype, device)
+        builders.pop(name).add(name, tensor, dtype, device)
     if builders:
         raise LoadFailed(f"model: {len(builders)} tensors are missing, the first is {next(iter(builders))!r}")
-    return num_bytes
 
 
 class _Builder:
@@ -92,18 +139,34 @@ class _Builder:
             self._rows[name] = slice(self._num_rows, self._num_rows + shape[0])
             self._num_rows += shape[0]
         self._buffer: Tensor | None = None
+        self._quantized: dict[str, QuantizedWeight] = {}
 
-    def add(self, name: str, tensor: Tensor, dtype: torch.dtype, device: torch.device) -> int:
-        """Copy one part in; returns the bytes installed, 0 while parts are missing."""
+    def add(self, name: str, value: Tensor | QuantizedWeight, dtype: torch.dtype, device: torch.device) -> None:
+        """Take one part, and install the whole with the last one."""
         shape = self.target.parts[name]
-        if tuple(tensor.shape) != shape:
-            raise LoadFailed(f"model: tensor {name!r} has shape {list(tensor.shape)}, the config says {list(shape)}")
-        if self._buffer is None:
-            self._buffer = torch.empty((self._num_rows, *shape[1:]), dtype=dtype, device=device)
-        self._buffer[self._rows[name]].copy_(tensor)
+        if tuple(value.shape) != shape:
+            raise LoadFailed(f"model: tensor {name!r} has shape {list(value.shape)}, the config says {list(shape)}")
+        if isinstance(value, QuantizedWeight):
+            self._quantized[name] = value
+        else:
+            self._copy(name, value, dtype, device)
         self._missing -= 1
-        if self._missing:
-            return 0
-        buffer, self._buffer = self._buffer, None
-        self.target.install(buffer)
-        return buffer.nbytes
+        if not self._missing:
+            self.target.install(self._whole(dtype, device))
+            self._buffer, self._quantized = None, {}
+
+    def _copy(self, name: str, tensor: Tensor, dtype: torch.dtype, device: torch.device) -> Tensor:
+        if self._buffer is None:
+            self._buffer = torch.empty((self._num_rows, *tensor.shape[1:]), dtype=dtype, device=device)
+        self._buffer[self._rows[name]].copy_(tensor)
+        return self._buffer
+
+    def _whole(self, dtype: torch.dtype, device: torch.device) -> Tensor | QuantizedWeight:
+        """Parts of one format stay quantized; others, as one matrix, can only be in full precision."""
+        parts = [self._quantized[name] for name in self.target.parts if name in self._quantized]
+        if len(parts) == len(self.target.parts) and all(part.same_format(parts[0]) for part in parts):
+            return stack(parts)
+        for name, part in self._quantized.items():
+            self._copy(name, part.dequantize(), dtype, device)
+        assert self._buffer is not None
+        return self._buffer

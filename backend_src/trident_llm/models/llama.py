@@ -16,8 +16,11 @@ from torch import Tensor
 from ..engine.batch import ModelInput
 from ..engine.kv_cache import KVCache
 from ..kernels import kernels_for
+from ..kernels.deferred_norm import DeferredNorm, finished
 from ..kernels.layer_cache import LayerCache
-from .layers import Linear, WeightTarget, load_targets
+from ..kernels.lora_layer import LoraRows
+from ..kernels.quantized_weight import QuantizedWeight
+from .layers import AdaptableLinear, Linear, WeightTarget, load_targets
 from .model_config import ModelConfig
 from .rotary import RotaryEmbedding, RotaryRows
 
@@ -43,6 +46,7 @@ class _Step:
 
     rotary: RotaryRows
     plan: Any
+    adapters: LoraRows | None
 
 
 class LlamaDecoder:
@@ -61,8 +65,6 @@ class LlamaDecoder:
         self.dtype = dtype
         self.device = device
         self.max_model_len = max_model_len
-        self.num_bytes = 0
-        """Bytes of the loaded weights, each parameter once."""
         self._kernels = kernels_for(device)
         self._rotary = RotaryEmbedding(config, max_model_len=max_model_len, dtype=dtype, device=device)
         self._scale = config.head_dim**-0.5
@@ -90,24 +92,29 @@ class LlamaDecoder:
             plan=kernels.plan_attention(
                 model_input.attention, dtype=self.dtype, sliding_window=self.config.sliding_window
             ),
+            adapters=model_input.adapters.tokens if model_input.adapters else None,
         )
         residual = F.embedding(model_input.token_ids, self.embedding)
-        x = kernels.rms_norm(residual, self.layers[0].input_norm, eps)
+        x: Tensor | DeferredNorm = kernels.rms_norm(residual, self.layers[0].input_norm, eps)
         next_norms = [layer.input_norm for layer in self.layers[1:]] + [self.final_norm]
+        adapters = step.adapters
         for layer, layer_cache, next_norm in zip(self.layers, kv_cache.layers, next_norms, strict=True):
             attended = self._attention(layer, x, layer_cache, step)
             if layer is self.layers[-1]:
                 attended = attended.index_select(0, model_input.logits_rows)
                 residual = residual.index_select(0, model_input.logits_rows)
-            x = layer.o.add_rms_norm(attended, residual, layer.post_attention_norm, eps)
-            x = layer.down.add_rms_norm(layer.gate_up.silu_and_mul(x), residual, next_norm, eps)
-        return x
+                adapters = model_input.adapters.rows if model_input.adapters else None
+            x = layer.o.add_rms_norm(attended, residual, layer.post_attention_norm, eps, adapters, may_defer=True)
+            activated = layer.gate_up.silu_and_mul(x, adapters)
+            may_defer = layer is not self.layers[-1]
+            x = layer.down.add_rms_norm(activated, residual, next_norm, eps, adapters, may_defer=may_defer)
+        return finished(x)
 
-    def _attention(self, layer: DecoderLayer, x: Tensor, layer_cache: LayerCache, step: _Step) -> Tensor:
+    def _attention(self, layer: DecoderLayer, x: Tensor | DeferredNorm, layer_cache: LayerCache, step: _Step) -> Tensor:
         """x [T, hidden] -> attention's output before its projection, [T, Hq * D]."""
         config, kernels = self.config, self._kernels
         num_heads, num_kv_heads = config.num_attention_heads, config.num_key_value_heads
-        qkv = layer.qkv(x).view(-1, num_heads + 2 * num_kv_heads, config.head_dim)
+        qkv = layer.qkv(x, step.adapters).view(-1, num_heads + 2 * num_kv_heads, config.head_dim)
         if layer.q_norm is not None and layer.k_norm is not None:
             q, k, _ = qkv.split((num_heads, num_kv_heads, num_kv_heads), 1)
             q.copy_(kernels.rms_norm(q, layer.q_norm, config.rms_norm_eps))
@@ -116,15 +123,26 @@ class LlamaDecoder:
         return kernels.paged_attention(qkv[:, :num_heads], layer_cache, step.plan, self._scale)
 
     @torch.inference_mode()
-    def load_weights(self, weights: Iterable[tuple[str, Tensor]]) -> None:
+    def load_weights(self, weights: Iterable[tuple[str, Tensor | QuantizedWeight]]) -> None:
         """Take every parameter once, in any order, named as Hugging Face names it (no lm_head.weight when tied).
 
         q, k and v become one matrix, and so do gate and up. Raises ``LoadFailed`` for a tensor that is missing,
         unknown or misshapen.
         """
-        self.num_bytes = load_targets(self._weight_targets(), weights, dtype=self.dtype, device=self.device)
+        load_targets(self.weight_targets(), weights, dtype=self.dtype, device=self.device)
 
-    def _weight_targets(self) -> Iterator[WeightTarget]:
+    @property
+    def num_bytes(self) -> int:
+        """Bytes of the weights as they lie on the device. What a tied head shares with the embedding counts once."""
+        held = {id(part): part.nbytes for part in (self.embedding, self.final_norm, self.head.weight)}
+        for layer in self.layers:
+            for part in vars(layer).values():
+                tensors = (part.weight, part.bias) if isinstance(part, Linear) else (part,)
+                held.update((id(tensor), tensor.nbytes) for tensor in tensors if tensor is not None)
+        return sum(held.values())
+
+    def weight_targets(self) -> Iterator[WeightTarget]:
+        """Every parameter, in the order of the checkpoint's names that stand for it."""
         config = self.config
         vocabulary = (config.vocab_size, config.hidden_size)
         yield WeightTarget({"model.embed_tokens.weight": vocabulary}, self._set_embedding)
@@ -133,6 +151,13 @@ class LlamaDecoder:
             yield WeightTarget({"lm_head.weight": vocabulary}, self.head.set_weight)
         for index, layer in enumerate(self.layers):
             yield from _layer_targets(config, layer, f"model.layers.{index}.")
+
+    def adaptable_linears(self) -> Iterator[AdaptableLinear]:
+        """The layers that adapters may update, in the order of the computation."""
+        for index, layer in enumerate(self.layers):
+            for linear, prefix, out_features, in_features in _projections(self.config, layer, f"model.layers.{index}."):
+                parts = {prefix + name: size for name, size in out_features.items()}
+                yield AdaptableLinear(linear, parts, in_features)
 
     def _set_embedding(self, embedding: Tensor) -> None:
         self.embedding = embedding
@@ -145,19 +170,30 @@ class LlamaDecoder:
 
 
 def _layer_targets(config: ModelConfig, layer: DecoderLayer, prefix: str) -> Iterator[WeightTarget]:
-    hidden, inner = config.hidden_size, config.intermediate_size
-    q_size, kv_size = config.num_attention_heads * config.head_dim, config.num_key_value_heads * config.head_dim
-    attention, mlp = prefix + "self_attn.", prefix + "mlp."
-    qkv = {"q_proj": q_size, "k_proj": kv_size, "v_proj": kv_size}
-    yield from _linear_targets(layer.qkv, attention, qkv, hidden, bias=config.attention_bias)
-    yield from _linear_targets(layer.o, attention, {"o_proj": hidden}, q_size, bias=config.attention_output_bias)
-    yield from _linear_targets(layer.gate_up, mlp, {"gate_proj": inner, "up_proj": inner}, hidden, bias=config.mlp_bias)
-    yield from _linear_targets(layer.down, mlp, {"down_proj": hidden}, inner, bias=config.mlp_bias)
+    hidden, attention = config.hidden_size, prefix + "self_attn."
+    biases = (config.attention_bias, config.attention_output_bias, config.mlp_bias, config.mlp_bias)
+    for projection, bias in zip(_projections(config, layer, prefix), biases, strict=True):
+        yield from _linear_targets(*projection, bias=bias)
     yield WeightTarget({prefix + "input_layernorm.weight": (hidden,)}, _setter(layer, "input_norm"))
     yield WeightTarget({prefix + "post_attention_layernorm.weight": (hidden,)}, _setter(layer, "post_attention_norm"))
     if config.qk_norm:
         yield WeightTarget({attention + "q_norm.weight": (config.head_dim,)}, _setter(layer, "q_norm"))
         yield WeightTarget({attention + "k_norm.weight": (config.head_dim,)}, _setter(layer, "k_norm"))
+
+
+def _projections(
+    config: ModelConfig, layer: DecoderLayer, prefix: str
+) -> tuple[tuple[Linear, str, dict[str, int], int], ...]:
+    """The linear layers of a decoder layer: prefix and outputs of the checkpoint's modules, and number of inputs."""
+    hidden, inner = config.hidden_size, config.intermediate_size
+    q_size, kv_size = config.num_attention_heads * config.head_dim, config.num_key_value_heads * config.head_dim
+    attention, mlp = prefix + "self_attn.", prefix + "mlp."
+    return (
+        (layer.qkv, attention, {"q_proj": q_size, "k_proj": kv_size, "v_proj": kv_size}, hidden),
+        (layer.o, attention, {"o_proj": hidden}, q_size),
+        (layer.gate_up, mlp, {"gate_proj": inner, "up_proj": inner}, hidden),
+        (layer.down, mlp, {"down_proj": hidden}, inner),
+    )
 
 
 def _linear_targets(

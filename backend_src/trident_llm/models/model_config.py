@@ -6,6 +6,8 @@ from collections.abc import Mapping
 from dataclasses import dataclass, field
 from typing import Any
 
+from .stored_quantization import StoredQuantization
+
 
 @dataclass(frozen=True, kw_only=True)
 class ModelConfig:
@@ -38,3 +40,5 @@ class ModelConfig:
     """What the checkpoint stores: bf16 | fp16 | fp32."""
     bos_token_id: int | None = None
     eos_token_ids: tuple[int, ...] = field(default=())
+    quantization: StoredQuantization | None = None
+    """How the checkpoint stores its linear layers; None: in full precision."""

@@ -5,18 +5,23 @@ Every tensor is checked against the shapes the configuration calls for. Knows no
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Mapping
 from math import prod
+from typing import Protocol
 
 import torch
 
 from ..errors import LoadFailed
-from .checkpoint import StoredTensor, open_checkpoint
+from ..kernels.quantized_weight import QuantizedWeight
+from .checkpoint import Checkpoint, SafetensorsCheckpoint, StoredTensor, open_checkpoint
 from .model_config import ModelConfig
+from .quantized_checkpoint import QuantizedCheckpoint, StoredWeight
 from .source import ModelSource
 
 _DUMMY_STD = 0.02
 _NAMES_SHOWN = 5
+_EMBEDDING = "model.embed_tokens.weight"
+"""Its rows are looked up, so it is never kept quantized."""
 
 
 def expected_shapes(config: ModelConfig) -> dict[str, tuple[int, ...]]:
@@ -56,35 +61,120 @@ def _layer_shapes(config: ModelConfig) -> dict[str, tuple[int, ...]]:
     return shapes
 
 
-def iter_weights(
-    source: ModelSource,
-    config: ModelConfig,
-    *,
-    dtype: torch.dtype,
-    device: torch.device | str,
-    progress: Callable[[float], None] | None = None,
-) -> Iterator[tuple[str, torch.Tensor]]:
-    """Every parameter of ``expected_shapes`` once, in the checkpoint's order, as ``dtype`` on ``device``.
+class WeightReader(Protocol):
+    """The parameters of ``expected_shapes``, each to be had at any time and as often as wanted."""
 
-    One tensor is held at a time. It may be a view of the mapped file: copy what is kept. ``progress`` gets the share
-    of elements read, from 0 to 1. Names, shapes and file lengths are checked before the first tensor is yielded;
-    raises ``LoadFailed`` naming the file and the tensor that is missing, unexpected, misshapen or truncated.
+    @property
+    def shapes(self) -> Mapping[str, tuple[int, ...]]:
+        """Every parameter once, in the order in which reading all of them is cheapest."""
+        ...
+
+    def read(self, name: str) -> torch.Tensor:
+        """One parameter, in the reader's dtype and on its device, dequantized if it is stored quantized.
+
+        It may be a view of a mapped file: copy what is kept, and write to no part of it. Raises ``LoadFailed`` naming
+        file and tensor.
+        """
+        ...
+
+    def read_stored(self, name: str) -> torch.Tensor | QuantizedWeight:
+        """``read``, but a weight of a linear layer that is stored quantized stays as it is."""
+        ...
+
+
+def open_weights(
+    source: ModelSource, config: ModelConfig, *, dtype: torch.dtype, device: torch.device | str
+) -> WeightReader:
+    """A reader of a model's files; headers alone are read here.
+
+    Raises ``LoadFailed`` naming the file and the tensor that is missing, unexpected, misshapen or truncated.
     """
-    checkpoint = open_checkpoint(source, config)
-    wanted = _check(checkpoint.tensors, source, config)
-    total, done = sum(prod(tensor.shape) for tensor in checkpoint.tensors), 0
-    for tensor, values in zip(checkpoint.tensors, checkpoint.read(), strict=True):
-        if tensor.name in wanted:
-            yield tensor.name, values.to(device).to(dtype)
-        done += prod(tensor.shape)
+    return _CheckpointWeights(source, config, dtype=dtype, device=device)
+
+
+def stored_weights(source: ModelSource, config: ModelConfig) -> Mapping[str, StoredWeight]:
+    """The weights that a model's files hold quantized, from headers alone; checked as ``open_weights`` checks them."""
+    checkpoint = _open(source, config, "cpu")
+    _check(checkpoint.tensors, source, config)
+    return checkpoint.stored_weights() if isinstance(checkpoint, QuantizedCheckpoint) else {}
+
+
+class _CheckpointWeights:
+    """The parameters of a checkpoint."""
+
+    def __init__(
+        self, source: ModelSource, config: ModelConfig, *, dtype: torch.dtype, device: torch.device | str
+    ) -> None:
+        self._checkpoint = _open(source, config, device)
+        self._tensors = _check(self._checkpoint.tensors, source, config)
+        self._dtype = dtype
+        self._device = device
+        self.shapes = {name: tensor.shape for name, tensor in self._tensors.items()}
+
+    def read(self, name: str) -> torch.Tensor:
+        values = self._checkpoint.read(self._tensors[name])
+        if isinstance(values, QuantizedWeight):
+            return values.dequantize(self._dtype)
+        return values.to(self._device).to(self._dtype)
+
+    def read_stored(self, name: str) -> torch.Tensor | QuantizedWeight:
+        values = self._checkpoint.read(self._tensors[name])
+        if isinstance(values, QuantizedWeight) and name != _EMBEDDING:
+            return values
+        return self.read(name)
+
+
+def _open(
+    source: ModelSource, config: ModelConfig, device: torch.device | str
+) -> Checkpoint | QuantizedCheckpoint:
+    if config.quantization is None:
+        return open_checkpoint(source, config)
+    stored = SafetensorsCheckpoint(source.weight_files, quantized=True)
+    return QuantizedCheckpoint(stored, config.quantization, expected_shapes(config), device)
+
+
+class DummyWeights:
+    """Random parameters, made on ``device`` when they are read: normal with standard deviation 0.02, norm weights 1
+    plus that. Each depends on seed, its place in ``expected_shapes``, shape, dtype and device type alone. None is
+    quantized, whatever the configuration says of the files."""
+
+    def __init__(
+        self, config: ModelConfig, *, dtype: torch.dtype, device: torch.device | str, seed: int = 0
+    ) -> None:
+        self.shapes = expected_shapes(config)
+        self._seeds = {name: (seed << 20) + index for index, name in enumerate(self.shapes)}
+        self._dtype = dtype
+        self._device = device
+
+    def read(self, name: str) -> torch.Tensor:
+        generator = torch.Generator(self._device).manual_seed(self._seeds[name])
+        values = torch.randn(self.shapes[name], generator=generator, dtype=self._dtype, device=self._device)
+        values.mul_(_DUMMY_STD)
+        return values.add_(1.0) if name.endswith("norm.weight") else values
+
+    def read_stored(self, name: str) -> torch.Tensor:
+        return self.read(name)
+
+
+def iter_weights(
+    reader: WeightReader, progress: Callable[[float], None] | None = None
+) -> Iterator[tuple[str, torch.Tensor | QuantizedWeight]]:
+    """Every parameter once, as it is stored, in the reader's order; one is held at a time.
+
+    ``progress`` gets the share of elements read, from 0 to 1.
+    """
+    total, done = sum(map(prod, reader.shapes.values())), 0
+    for name, shape in reader.shapes.items():
+        yield name, reader.read_stored(name)
+        done += prod(shape)
         if progress is not None:
             progress(done / total)
 
 
-def _check(tensors: list[StoredTensor], source: ModelSource, config: ModelConfig) -> set[str]:
-    """Names to load. Raises ``LoadFailed`` unless the tensors are those that the configuration calls for."""
+def _check(tensors: list[StoredTensor], source: ModelSource, config: ModelConfig) -> dict[str, StoredTensor]:
+    """Tensors to load, by name. Raises ``LoadFailed`` unless they are those that the configuration calls for."""
     expected = expected_shapes(config)
-    found: set[str] = set()
+    found: dict[str, StoredTensor] = {}
     for tensor in tensors:
         if _is_ignored(tensor.name, config):
             continue
@@ -95,7 +185,7 @@ def _check(tensors: list[StoredTensor], source: ModelSource, config: ModelConfig
         shape = expected[tensor.name]
         if tensor.shape != shape:
             raise tensor.error(f"has shape {list(tensor.shape)}; the configuration calls for {list(shape)}")
-        found.add(tensor.name)
+        found[tensor.name] = tensor
     missing = [name for name in expected if name not in found]
     if missing:
         shown = ", ".join(missing[:_NAMES_SHOWN]) + (", ..." if len(missing) > _NAMES_SHOWN else "")
@@ -107,14 +197,3 @@ def _check(tensors: list[StoredTensor], source: ModelSource, config: ModelConfig
 def _is_ignored(name: str, config: ModelConfig) -> bool:
     """Tensors some checkpoints hold that can be computed: rotary frequencies, and the copy of a tied embedding."""
     return name.endswith("rotary_emb.inv_freq") or (config.tie_word_embeddings and name == "lm_head.weight")
-
-
-def iter_dummy_weights(
-    config: ModelConfig, *, dtype: torch.dtype, device: torch.device | str, seed: int = 0
-) -> Iterator[tuple[str, torch.Tensor]]:
-    """Every parameter of ``expected_shapes`` in order, random and made on ``device``: normal with standard deviation
-    0.02, norm weights 1 plus that. Each tensor depends on seed, name order, shape, dtype and device type alone."""
-    for index, (name, shape) in enumerate(expected_shapes(config).items()):
-        generator = torch.Generator(device).manual_seed((seed << 20) + index)
-        values = torch.randn(shape, generator=generator, dtype=dtype, device=device).mul_(_DUMMY_STD)
-        yield name, values.add_(1.0) if name.endswith("norm.weight") else values

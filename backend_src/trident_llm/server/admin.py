@@ -9,12 +9,15 @@ from typing import Any
 import numpy as np
 import triton_python_backend_utils as pb_utils
 
+from ..adapters.commands import ADAPTER_COMMANDS, check_arguments
 from ..errors import BadRequest
 from ..run_directory import RunDirectory
 from .engine_client import EngineClient
 from .responses import error_response
 
-COMMANDS = ("config", "health", "stats")
+COMMANDS = ("config", "health", "stats", *ADAPTER_COMMANDS)
+LOAD_TIMEOUT = 600.0
+"""Seconds that loading an adapter may take, a download included."""
 
 
 class AdminDoor:
@@ -42,6 +45,9 @@ class AdminDoor:
         self._check_token(arguments.pop("admin_token", ""))
         if command not in COMMANDS:
             raise BadRequest(f"command: {command!r} is not allowed; give one of {', '.join(COMMANDS)}")
+        if command in ADAPTER_COMMANDS:
+            check_arguments(command, arguments)
+            return self._client.command(command, arguments, timeout=LOAD_TIMEOUT)
         if arguments:
             raise BadRequest(f"arguments: {sorted(arguments)[0]!r} is not an argument of {command!r}, which has none")
         if command == "health":

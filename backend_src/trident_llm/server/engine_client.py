@@ -21,10 +21,12 @@ from typing import Any
 import msgspec
 import zmq
 
+from ..config import EngineConfig
 from ..errors import EngineFailed, NotFound, Overloaded, TridentError, parse_error
 from ..generation import Generation
 from ..protocol import Abort, Command, CommandReply, Hello, Shutdown, StepDeltas, ToDoor, ToEngine, Welcome
 from ..run_directory import EngineStatus, Launch, RunDirectory
+from ..step_board import read_num_places
 from .engine_watch import EngineWatch, FileLock, wait_for_end
 from .live_generations import LiveGenerations, Notify
 
@@ -57,7 +59,7 @@ class EngineClient:
         self._launch = launch
         self._created_at = time.time()
         self._watch = EngineWatch(
-            run_directory, owner_pid=owner_pid, forget_failures=launch is not None, log=log
+            run_directory, owner_pid=owner_pid, forget_deaths=launch is not None, log=log
         )
         self._owners_lock = FileLock(run_directory.owners_lock_path)
         self._live = LiveGenerations()
@@ -108,12 +110,23 @@ class EngineClient:
     def submit(self, generation: Generation, notify: Notify) -> None:
         """Send a fresh or suspended generation. ``notify`` is called from another thread when it has new output.
 
-        While the engine is being restarted the generation waits. Raises ``EngineFailed`` when it stays down.
+        While the engine is being restarted the generation waits. Raises ``Overloaded`` when the queue is full or the
+        engine stays down.
         """
         with self.lock:
             if self._failure:
                 raise parse_error(self._failure)
+            if not generation.was_submitted:
+                self._check_room(len(generation.samples))
             self._send(self._live.add(generation, notify))
+
+    def _check_room(self, num_samples: int) -> None:
+        """Raise ``Overloaded`` for a new request that the engine would refuse, without waiting for its step to end."""
+        if self.welcome is None or not self._connected.is_set():
+            return
+        places = read_num_places(self._run_directory.board_path)
+        if places is not None and num_samples > places:
+            raise Overloaded(f"the queue is full (max_queue_size {self.welcome.max_queue_size}); retry after 2 s")
 
     def suspend(self, generation: Generation) -> None:
         """Free what ``generation`` holds in the engine; ``submit`` continues it where it stands."""
@@ -156,11 +169,16 @@ class EngineClient:
         status = self._run_directory.read_status() if is_last_owner else None
         with self.lock:
             if is_last_owner:
-                self._send(Shutdown())
+                self._send(Shutdown(drain_timeout=self._drain_timeout))
         self._stop_thread()
         if status is not None:
             self._end_engine(status)
         self._owners_lock.release()
+
+    @property
+    def _drain_timeout(self) -> float:
+        """Seconds that requests of other doors may take to finish when the engine is ended."""
+        return 0.0 if self._launch is None else EngineConfig.from_parameters(self._launch.parameters).drain_timeout
 
     def _stop_thread(self) -> None:
         self._closing = True
@@ -198,7 +216,7 @@ class EngineClient:
         """Wait for the engine to follow ``Shutdown``; kill it when it does not."""
         if self._run_directory.is_final(status):
             self._run_directory.remove()
-        elif not wait_for_end(status.pid, SHUTDOWN_WAIT if self.welcome is not None else 0):
+        elif not wait_for_end(status.pid, self._drain_timeout + SHUTDOWN_WAIT if self.welcome is not None else 0):
             self._run_directory.remove()
             os.kill(status.pid, 9)
             wait_for_end(status.pid, SHUTDOWN_WAIT)
@@ -228,30 +246,26 @@ class EngineClient:
         status = self._run_directory.read_status()
         if status is not None and status.state == "ready":
             try:
-                ended = self._serve_connection(context, status.pid)
+                self._serve_connection(context, status.pid)
             except Exception:
                 logger.exception("the connection to the engine broke; making a new one")
-                return
-            if ended and not self._closing:
-                self._count_crash()
         elif status is not None and self._run_directory.is_final(status):
             self._fail_all(parse_error(status.error))
         elif self.welcome is not None and not self._run_directory.exists():
             self._fail_all(Overloaded("the model that owns the engine is not loaded; retry after 2 s"))
 
-    def _serve_connection(self, context: zmq.Context[zmq.Socket[bytes]], pid: int) -> bool:
-        """Talk to the engine process ``pid`` until it ends or the client closes; whether it ever answered."""
+    def _serve_connection(self, context: zmq.Context[zmq.Socket[bytes]], pid: int) -> None:
+        """Talk to the engine process ``pid`` until it ends or the client closes."""
         try:
             engine = os.pidfd_open(pid)
         except ProcessLookupError:
-            return False
+            return
         socket = context.socket(zmq.DEALER)
         try:
             socket.setsockopt(zmq.IDENTITY, uuid.uuid4().bytes)
             socket.setsockopt(zmq.SNDHWM, 0)
             socket.connect(self._run_directory.address)
             self._exchange(socket, engine)
-            return self._connected.is_set()
         finally:
             with self.lock:
                 self._connected.clear()
@@ -312,12 +326,6 @@ class EngineClient:
             self._failure = ""
             self._outgoing.extend(self._live.resubmit())
             self._connected.set()
-
-    def _count_crash(self) -> None:
-        with self.lock:
-            suspects = self._live.count_crash()
-        for notify in suspects:
-            notify()
 
     def _fail_all(self, error: TridentError) -> None:
         with self.lock:

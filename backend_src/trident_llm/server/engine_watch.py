@@ -5,25 +5,32 @@ When the holder dies another door takes over. Knows processes and files; nothing
 
 from __future__ import annotations
 
+import contextlib
 import fcntl
 import os
 import select
+import signal
 import subprocess
 import threading
 import time
 from collections.abc import Callable
 from pathlib import Path
 
-from ..errors import EngineFailed
+from ..config import EngineConfig
+from ..deaths import Deaths
+from ..errors import BadRequest, EngineFailed, Overloaded, TridentError
 from ..run_directory import GAVE_UP, EngineStatus, RunDirectory
+from ..step_board import BoardState, read_board
 
-MAX_FAILURES = 5
-FAILURE_WINDOW = 60.0
-"""Seconds in which ``MAX_FAILURES`` unasked ends of the engine make the watch give up."""
 FIRST_BACKOFF = 0.1
-"""Seconds before the first restart; doubled for each further one in the window."""
+"""Seconds before a restart."""
+BACKOFF_FACTOR = 5
+"""By what that grows with each end in a row before which no step was completed: memory of the last process may take
+seconds to be free again."""
 LOCK_INTERVAL = 0.2
-"""Seconds between two tries to get the lock."""
+"""Seconds between two tries to get the lock, and between two looks at the engine."""
+OUTSIDE_SIGNALS = (signal.SIGKILL, signal.SIGTERM)
+"""By which others end a process: no request is to blame, unless memory had run out."""
 
 
 class FileLock:
@@ -78,23 +85,26 @@ class EngineWatch:
     """One thread that holds the watch lock when it can, and then keeps the engine running."""
 
     def __init__(
-        self, run_directory: RunDirectory, *, owner_pid: int, forget_failures: bool, log: Callable[[str], None]
+        self, run_directory: RunDirectory, *, owner_pid: int, forget_deaths: bool, log: Callable[[str], None]
     ) -> None:
         """``owner_pid``: the server process, with which the engine ends. ``log`` gets one line per event.
-        ``forget_failures``: failures from before now do not count; the model is being loaded again."""
+        ``forget_deaths``: those from before now do not count; the model is being loaded again."""
         self._run_directory = run_directory
         self._owner_pid = owner_pid
         self._log = log
         self._lock = FileLock(run_directory.watch_lock_path)
         self._process: subprocess.Popen[bytes] | None = None
-        self._forget_failures_before = time.time() if forget_failures else 0.0
+        self._forget_deaths_before = time.time() if forget_deaths else 0.0
+        self._hung = False
+        """Whether the engine was ended here because a step took too long."""
+        self._num_out_of_memory = _count_out_of_memory()
         self._stopping = threading.Event()
         self._thread = threading.Thread(target=self._run, name="engine-watch", daemon=True)
         self.is_holder = False
 
     @property
     def num_restarts(self) -> int:
-        return len(self._run_directory.read_failures())
+        return self._run_directory.read_deaths().total
 
     def start(self) -> None:
         self._thread.start()
@@ -130,35 +140,80 @@ class EngineWatch:
                 if not self._lock.is_current() or not self._may_start(self._run_directory.read_status()):
                     return
                 self._spawn()
-            elif status.state == "loading" and status.progress != last_progress:
+            elif status.state == "ready":
+                self._end_if_hung(status.pid)
+            elif status.progress != last_progress:
                 last_progress = status.progress
                 self._log(f"engine: {last_progress}")
+
+    def _end_if_hung(self, pid: int) -> None:
+        config, board = self._config(), self._board(pid)
+        if config is None or board is None or not 0 < config.step_timeout < board.busy_seconds:
+            return
+        self._log(f"the engine process is at one step for {board.busy_seconds:.1f} s (step_timeout); ending it")
+        self._hung = True
+        with contextlib.suppress(ProcessLookupError):
+            os.kill(pid, signal.SIGKILL)
 
     def _may_start(self, status: EngineStatus | None) -> bool:
         """Decide about the engine that left ``status``; waits for the backoff of a restart."""
         if status is None:
             return True
         self.reap()
-        failures = self._run_directory.read_failures()
+        deaths = self._run_directory.read_deaths()
         if status.state == "failed":
-            if status.written_at < self._forget_failures_before:
-                self._run_directory.write_failures([])
+            if status.written_at < self._forget_deaths_before:
+                self._run_directory.write_deaths(Deaths())
                 return True
             if self._run_directory.is_final(status):
                 return False
         how = self._describe_end()
-        if status.state == "loading" and not failures:
-            self._give_up(f"the engine process {how} while it was loading; the server's log may say why")
+        if status.state == "loading" and not deaths.total:
+            reason = f"the engine process {how} while it was loading; the server's log may say why"
+            self._give_up(EngineFailed(reason))
             return False
-        failures.append(time.time())
-        self._run_directory.write_failures(failures)
-        recent = sum(moment > time.time() - FAILURE_WINDOW for moment in failures)
-        if recent >= MAX_FAILURES:
-            self._give_up(f"the engine process {how}, {recent} times within {FAILURE_WINDOW:.0f} s; it stays down")
+        deaths = self._record_death(status.pid, deaths)
+        config = self._config()
+        if config is not None and deaths.in_a_row >= config.max_engine_failures:
+            times = f"{deaths.in_a_row} times in a row without completing a step (max_engine_failures)"
+            self._give_up(Overloaded(f"the engine process {how}, {times}; it stays down until it is loaded again"))
             return False
-        backoff = FIRST_BACKOFF * 2 ** (recent - 1)
+        backoff = FIRST_BACKOFF * BACKOFF_FACTOR**deaths.in_a_row
         self._log(f"the engine process {how}; starting it again in {backoff:.1f} s")
         return not self._stopping.wait(backoff) and self._lock.is_current()
+
+    def _record_death(self, pid: int, before: Deaths) -> Deaths:
+        """Write down that the engine ``pid`` has died, and with which requests."""
+        board = self._board(pid)
+        deaths = before.after(
+            board.request_ids if board else (),
+            num_completed=board.num_completed if board else 0,
+            blames_requests=self._may_blame_requests(),
+        )
+        self._run_directory.write_deaths(deaths)
+        for request_id in deaths.condemned.keys() - before.condemned.keys():
+            count = deaths.condemned[request_id]
+            self._log(f"request {request_id} ended the engine process {count} times; refusing it")
+        return deaths
+
+    def _may_blame_requests(self) -> bool:
+        """False when another process has ended the engine."""
+        hung, self._hung = self._hung, False
+        before, self._num_out_of_memory = self._num_out_of_memory, _count_out_of_memory()
+        code = None if self._process is None else self._process.returncode
+        return hung or code is None or -code not in OUTSIDE_SIGNALS or self._num_out_of_memory > before
+
+    def _board(self, pid: int) -> BoardState | None:
+        """What the engine ``pid`` is doing, or did last."""
+        board = read_board(self._run_directory.board_path)
+        return board if board is not None and board.pid == pid else None
+
+    def _config(self) -> EngineConfig | None:
+        launch = self._run_directory.read_launch()
+        try:
+            return None if launch is None else EngineConfig.from_parameters(launch.parameters)
+        except BadRequest:
+            return None
 
     def _describe_end(self) -> str:
         code = None if self._process is None else self._process.returncode
@@ -166,9 +221,9 @@ class EngineWatch:
             return "ended"
         return f"was killed by signal {-code}" if code < 0 else f"ended with exit status {code}"
 
-    def _give_up(self, reason: str) -> None:
-        self._log(reason)
-        self._run_directory.write_status(EngineStatus(state="failed", pid=GAVE_UP, error=str(EngineFailed(reason))))
+    def _give_up(self, error: TridentError) -> None:
+        self._log(error.message)
+        self._run_directory.write_status(EngineStatus(state="failed", pid=GAVE_UP, error=str(error)))
 
     def _spawn(self) -> None:
         launch = self._run_directory.read_launch()
@@ -178,7 +233,16 @@ class EngineWatch:
         try:
             self._process = subprocess.Popen(command, stdin=subprocess.DEVNULL, start_new_session=True)
         except OSError as error:
-            self._give_up(f"the engine process could not be started: {error}")
+            self._give_up(EngineFailed(f"the engine process could not be started: {error}"))
             return
         status = EngineStatus(state="loading", pid=self._process.pid, progress="starting the engine process")
         self._run_directory.write_status(status)
+
+
+def _count_out_of_memory() -> int:
+    """Processes that the kernel has ended because memory had run out, since it started."""
+    with contextlib.suppress(OSError, ValueError):
+        for line in Path("/proc/vmstat").read_text().splitlines():
+            if line.startswith("oom_kill "):
+                return int(line.split()[1])
+    return 0

@@ -15,9 +15,6 @@ from ..protocol import Abort, Delta, Submit
 
 logger = logging.getLogger(__name__)
 
-MAX_CRASHES = 3
-"""A request that was live in this many crashes of the engine is taken for their cause and failed."""
-
 Notify = Callable[[], None]
 """Called when a generation may have new output."""
 
@@ -26,8 +23,6 @@ Notify = Callable[[], None]
 class _Live:
     generation: Generation
     notify: Notify
-    crashes: int = 0
-    """Engine processes that ended while this was live."""
 
 
 @dataclass(frozen=True)
@@ -75,18 +70,6 @@ class LiveGenerations:
         """Messages that continue every generation in an engine that knows none of them."""
         lives, self._live = list(self._live.values()), {}
         return [self._register(live) for live in lives]
-
-    def count_crash(self) -> list[Notify]:
-        """An engine process ended: fail the generations that have been there too often."""
-        error = EngineFailed(f"the engine broke {MAX_CRASHES} times while it served this request")
-        notify = []
-        for request_id, live in list(self._live.items()):
-            live.crashes += 1
-            if live.crashes >= MAX_CRASHES:
-                del self._live[request_id]
-                live.generation.fail(error)
-                notify.append(live.notify)
-        return notify
 
     def fail_all(self, error: TridentError) -> list[Notify]:
         lives, self._live = list(self._live.values()), {}

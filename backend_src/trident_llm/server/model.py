@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import gc
 import json
 import logging
 import os
@@ -13,6 +12,7 @@ import triton_python_backend_utils as pb_utils
 from ..config import EngineConfig
 from ..errors import BadRequest, TridentError
 from ..options import LLM_DEFAULTS, VLLM_DEFAULTS
+from ..process_memory import freeze_loaded_objects
 from ..run_directory import Launch, RunDirectory
 from .admin import AdminDoor
 from .engine_client import EngineClient
@@ -53,9 +53,7 @@ class _Door:
         except TridentError as error:
             raise pb_utils.TritonModelException(str(error)) from None
         self._metrics = MetricsPublisher(self._client, engine_name)
-        # As the engine's process does: a collection that walks all modules' objects would hold up every stream.
-        gc.collect()
-        gc.freeze()
+        freeze_loaded_objects()
 
     def launch(self, model_config: dict[str, Any], parameters: dict[str, str]) -> Launch:
         """How to start the engine that this model owns. Raises ``BadRequest`` naming a wrong setting."""

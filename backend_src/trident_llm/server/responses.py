@@ -5,6 +5,7 @@ The one place where errors of this project become errors of the server.
 
 from __future__ import annotations
 
+import json
 import logging
 from collections.abc import Sequence
 from typing import Any
@@ -59,6 +60,8 @@ class ResponseBuilder:
             tensors.append(self._tensor("num_output_tokens", counts, np.uint32))
         if options.return_num_cached_tokens:
             tensors.append(self._tensor("num_cached_tokens", [outputs[0].num_cached_tokens], np.uint32))
+        if options.return_scalings:
+            tensors.append(self._strings("scalings", [json.dumps(output.scalings) for output in outputs]))
         return pb_utils.InferenceResponse(output_tensors=tensors)
 
     def _strings(self, name: str, values: Sequence[str]) -> Any:

@@ -1,0 +1,211 @@
+"""MixPass: the first of the two passes of sequences with a mix of adapters, and the weights it gives the second.
+
+The base model runs over their tokens alone, on the blocks of their companions; a mix's classifier turns its last hidden
+states into scalings of each adapter in each module. Causal like any pass, so it is chunked and cached likewise.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+from collections import defaultdict
+from collections.abc import Iterable, Mapping
+from dataclasses import dataclass
+
+import numpy as np
+import torch
+from torch import Tensor
+
+from ..adapters.mix import Mix, MixUse
+from ..kernels.lora_layer import TILE_ROWS, LoraRows, SlotRun, num_tiles
+from ..models.layers import AdaptableLinear
+from .flat_step import FlatStep, flatten
+from .scheduler import ScheduledSequence, SchedulerOutput
+from .sequence import Sequence
+from .to_device import send
+
+
+@dataclass(frozen=True)
+class _Part:
+    """A sequence's share of both passes."""
+
+    seq: Sequence
+    use: MixUse
+    token_row: int
+    """Its first row in the second pass."""
+    num_tokens: int
+    base_row: int
+    """Its first row in the first pass."""
+    num_scaled: int
+    """Rows of the first pass: the tokens before its scalings are frozen."""
+    samples: bool
+
+
+@dataclass(frozen=True)
+class MixPlan:
+    """``step`` is the first pass; None where all scalings are frozen."""
+
+    step: FlatStep | None
+    parts: tuple[_Part, ...]
+
+
+@dataclass(frozen=True)
+class MixWeights:
+    weights: Tensor
+    """[M, T, S] float32: what every token of the second pass takes of each slot, in each module of the model."""
+    means: Mapping[Sequence, Tensor]
+    """[adapters] of each sequence that samples and wants them: its last token's scalings, averaged over modules."""
+
+    def mean_of(self, seq: Sequence) -> list[float] | None:
+        """On the host: waits for the device."""
+        return self.means[seq].tolist() if seq in self.means else None
+
+
+def count_modules(linears: Iterable[AdaptableLinear]) -> int:
+    """Modules that adapters can update."""
+    return sum(len(linear.parts) for linear in linears)
+
+
+def plan_mixes(
+    output: SchedulerOutput, block_size: int, sampled_before: Mapping[Sequence, int]
+) -> MixPlan | None:
+    """The first pass of a step; None when no sequence of it has a mix."""
+    paired = [item for item in output.scheduled if item.seq.companion is not None]
+    if not paired:
+        return None
+    scaled = [entry for entry in map(_companion_item, paired) if entry.num_tokens]
+    scaled.sort(key=lambda entry: entry.num_tokens > 1)
+    base_rows, end = {}, 0
+    for entry in scaled:
+        base_rows[entry.seq] = end
+        end += entry.num_tokens
+    parts, row = [], 0
+    for item in output.scheduled:
+        use, companion = item.seq.blend, item.seq.companion
+        if companion is not None:
+            assert isinstance(use, MixUse)
+            num_scaled = _companion_item(item).num_tokens
+            parts.append(
+                _Part(item.seq, use, row, item.num_tokens, base_rows.get(companion, 0), num_scaled, bool(item.sampled))
+            )
+        row += item.num_tokens
+    step = _flatten_companions(scaled, block_size, paired, sampled_before) if scaled else None
+    return MixPlan(step, tuple(parts))
+
+
+def _companion_item(item: ScheduledSequence) -> ScheduledSequence:
+    """The part of ``item`` whose scalings are found in this step."""
+    assert item.seq.companion is not None
+    end = item.start + item.num_tokens
+    if item.seq.freeze_at is not None:
+        end = min(end, max(item.seq.freeze_at, item.start))
+    return ScheduledSequence(item.seq.companion, item.start, end - item.start, (), item.num_stored)
+
+
+def _flatten_companions(
+    scaled: list[ScheduledSequence],
+    block_size: int,
+    paired: list[ScheduledSequence],
+    sampled_before: Mapping[Sequence, int],
+) -> FlatStep:
+    """Every row's hidden state is wanted, and nothing is written where blocks hold it already."""
+    sources = {
+        item.seq.companion: sampled_before[item.seq]
+        for item in paired
+        if item.seq.companion is not None and item.seq in sampled_before
+    }
+    step = flatten(scaled, block_size, sources)
+    stored = np.repeat([entry.num_stored for entry in scaled], [entry.num_tokens for entry in scaled])
+    return dataclasses.replace(
+        step,
+        slots=np.where(step.positions < stored, -1, step.slots),
+        logits_rows=list(range(len(step.token_ids))),
+    )
+
+
+class MixPass:
+    """Keeps the scalings of sequences that have frozen them. ``modules``: that adapters can update."""
+
+    def __init__(self, *, num_slots: int, num_modules: int, device: torch.device) -> None:
+        self._num_slots = num_slots
+        self.num_modules = num_modules
+        self._device = device
+        self._frozen: dict[Sequence, Tensor] = {}
+        """[modules or 1, adapters] of each."""
+
+    def forget(self, seq: Sequence) -> None:
+        """The sequence has ended."""
+        self._frozen.pop(seq, None)
+
+    def pass_rows(self, plan: MixPlan) -> LoraRows | None:
+        """What the rows of the first pass take; None where all of them take nothing."""
+        if not any(part.use.mix.config.pass_scaling for part in plan.parts if part.num_scaled):
+            return None
+        assert plan.step is not None
+        num_rows = len(plan.step.token_ids)
+        weights = torch.zeros(1, num_rows, self._num_slots, device=self._device)
+        runs, tiles = [], np.full((num_tiles(num_rows), self._num_slots), -1, dtype=np.int32)
+        for part in plan.parts:
+            mix, start, end = part.use.mix, part.base_row, part.base_row + part.num_scaled
+            if not part.num_scaled or not mix.config.pass_scaling:
+                continue
+            same = torch.full((1, 1, len(mix.members)), mix.config.pass_scaling, device=self._device)
+            scalings = mix.classifier.select(same, send([part.use.top_k], torch.int64, self._device))
+            slots = _slots(mix)
+            weights[0, start:end, slots] = scalings[0, 0] * part.use.factor
+            runs += [SlotRun(slot, start, end, None) for slot in slots]
+            for tile in tiles[start // TILE_ROWS : num_tiles(end)]:
+                used = [*tile[tile >= 0], *(slot for slot in slots if slot not in tile)]
+                tile[: len(used)] = used
+        return LoraRows(weights, torch.from_numpy(tiles).to(self._device), tuple(runs))
+
+    def weights(self, plan: MixPlan, hidden: Tensor | None, plain: Tensor) -> MixWeights:
+        """hidden: [rows of the first pass, H]. plain: [T, S], what tokens without a mix take."""
+        weights = plain.expand(self.num_modules, *plain.shape).clone()
+        means: dict[Sequence, Tensor] = {}
+        by_mix: dict[Mix, list[_Part]] = defaultdict(list)
+        for part in plan.parts:
+            by_mix[part.use.mix].append(part)
+        for mix, parts in by_mix.items():
+            scalings = self._scalings(mix, parts, hidden)
+            slots = send(_slots(mix), torch.int64, self._device)
+            first = 0
+            for part in parts:
+                found = None if scalings is None else scalings[first : first + part.num_scaled]
+                own = self._with_frozen(part, found)
+                first += part.num_scaled
+                rows = slice(part.token_row, part.token_row + part.num_tokens)
+                if part.samples and part.seq.wants_scalings:
+                    means[part.seq] = own[-1].mean(0)
+                if own.shape[1] > 1:
+                    own = own.index_select(1, mix.classifier.module_rows)
+                weights[:, rows, slots] = own.transpose(0, 1) * part.use.factor
+        return MixWeights(weights, means)
+
+    def _scalings(self, mix: Mix, parts: list[_Part], hidden: Tensor | None) -> Tensor | None:
+        """[rows of the parts in the first pass, modules or 1, adapters]."""
+        scaled = [part for part in parts if part.num_scaled]
+        if not scaled or hidden is None:
+            return None
+        rows = torch.cat([hidden[part.base_row : part.base_row + part.num_scaled] for part in scaled])
+        temperatures = [part.use.temperature for part in scaled for _ in range(part.num_scaled)]
+        top_k = [part.use.top_k for part in scaled for _ in range(part.num_scaled)]
+        return mix.classifier.scalings(
+            rows, send(temperatures, torch.float32, self._device), send(top_k, torch.int64, self._device)
+        )
+
+    def _with_frozen(self, part: _Part, scaled: Tensor | None) -> Tensor:
+        """[tokens of the part, modules or 1, adapters]: found in this step, then those that stay."""
+        if part.seq.freeze_at is None:
+            assert scaled is not None
+            return scaled
+        if scaled is not None and part.num_scaled:
+            # Of the last token so far: in the end that before the first frozen one.
+            self._frozen[part.seq] = scaled[-1]
+        kept = self._frozen[part.seq].expand(part.num_tokens - part.num_scaled, *self._frozen[part.seq].shape)
+        return kept if scaled is None or not part.num_scaled else torch.cat([scaled, kept])
+
+
+def _slots(mix: Mix) -> list[int]:
+    slots = [member.slot for member in mix.members]
+    assert None not in slots, f"a member of {mix.name} has no slot"
+    return [slot for slot in slots if slot is not None]

@@ -1,0 +1,151 @@
+"""Speed with adapters beside that without, in this process; results to load_tests/results/adapters.jsonl.
+
+    python load_tests/bench_adapters.py --model load_tests/models/mistral-7b --name mistral-7b --set load_format=dummy
+
+One engine with ``--adapters`` random adapters of rank 16 on all linear layers: one stream and 64, without adapters, with
+one, with 8 and with all of them by turns, and how much longer than usual a step takes while another adapter is loaded.
+Then engines with an X-LoRA mix of 4 members, top-2: without the mix, with it, and with scalings that freeze.
+"""
+
+from __future__ import annotations
+
+import gc
+import statistics
+import tempfile
+import time
+from collections.abc import Sequence
+from pathlib import Path
+
+import msgspec
+from engine_arguments import engine_parser, engine_settings
+from random_adapters import write_random_adapters, write_random_mix
+from results_file import ResultsFile
+from workloads import Bench, Shape, submits_of
+
+from trident_llm import EngineConfig
+from trident_llm.engine.engine import EngineCore
+
+RANK, MEMBERS, TOP_K, FREEZE_AFTER = 16, 4, 2, 16
+
+
+def main() -> None:
+    parser = engine_parser(__doc__, "adapters.jsonl")
+    parser.add_argument("--adapters", type=int, default=32)
+    parser.add_argument("--streams", type=int, default=64)
+    parser.add_argument("--new-tokens", type=int, default=256)
+    parser.add_argument("--runs", type=int, default=3)
+    args = parser.parse_args()
+    settings = {"prefix_caching": "false", "max_lora_rank": str(RANK), **engine_settings(args)}
+    with tempfile.TemporaryDirectory() as folder:
+        _bench_lora(args, settings, Path(folder))
+        _bench_mixes(args, settings, Path(folder))
+
+
+def _bench_lora(args, settings: dict[str, str], folder: Path) -> None:
+    paths = write_random_adapters(_made(folder / "lora"), args.model, count=args.adapters + 1, rank=RANK)
+    names = [path.name for path in paths[:-1]]
+    own = {
+        "adapters": ",".join(f"{path.name}={path}" for path in paths[:-1]), "adapter_root": str(folder / "lora"),
+        "max_loras": str(args.adapters), "max_cpu_loras": str(args.adapters + 1),
+    }  # fmt: skip
+    core = _make_core(args.model, {**settings, **own})
+    bench = Bench(core)
+    shown = {**settings, "max_loras": str(args.adapters)}
+    for count in dict.fromkeys((0, 1, min(8, args.adapters), args.adapters)):
+        results = _results(args, f"lora-{count}" if count else "base", shown)
+        adapters = names[:count] or [""]
+        for streams in (1, args.streams):
+            _speed(bench, streams, adapters, args.new_tokens)
+            runs = [_speed(bench, streams, adapters, args.new_tokens) for _ in range(args.runs)]
+            results.record(f"streams_{streams}", "output_tok_s", runs)
+    results = _results(args, "load", shown)
+    results.record(f"streams_{args.streams}", "longer_step_ms", [
+        _disturbance(bench, args.streams, names[:8], args.new_tokens, paths[-1].name) for _ in range(args.runs)
+    ])  # fmt: skip
+    core.close()
+
+
+def _bench_mixes(args, settings: dict[str, str], folder: Path) -> None:
+    mix = write_random_mix(folder / "mix", args.model, members=MEMBERS, rank=RANK, top_k=TOP_K)
+    for variant, freeze_after in (("xlora", 0), ("xlora-frozen", FREEZE_AFTER)):
+        shown = {**settings, "max_loras": str(MEMBERS), "freeze_after": str(freeze_after)}
+        core = _make_core(args.model, {**shown, "xlora": str(mix)})
+        bench = Bench(core)
+        for name, xlora in ((f"{variant}-off", False), (variant, True)):
+            results = _results(args, name, shown)
+            for streams in (1, args.streams):
+                _speed(bench, streams, [""], args.new_tokens, xlora=xlora)
+                runs = [_speed(bench, streams, [""], args.new_tokens, xlora=xlora) for _ in range(args.runs)]
+                results.record(f"streams_{streams}", "output_tok_s", runs)
+        core.close()
+        del core, bench
+        gc.collect()
+
+
+def _make_core(model: str, settings: dict[str, str]) -> EngineCore:
+    core = EngineCore(EngineConfig.from_parameters({"model": model, **settings}), progress=print)
+    gc.collect()
+    return core
+
+
+def _results(args, variant: str, settings: dict[str, str]) -> ResultsFile:
+    return ResultsFile(
+        path=args.out, benchmark="bench_adapters", model=args.name, variant=variant, settings=settings
+    )
+
+
+def _made(folder: Path) -> Path:
+    folder.mkdir()
+    return folder
+
+
+def _speed(
+    bench: Bench, streams: int, adapters: Sequence[str], new_tokens: int, *, xlora: bool | None = None
+) -> float:
+    """Output tokens/s once every stream has its first token; adapters by turns."""
+    waiting = _add(bench, streams, adapters, new_tokens, xlora)
+    began, counted = 0.0, 0
+    while bench.core.has_work():
+        deltas = bench.core.step()
+        waiting -= {delta.request_id for delta in deltas}
+        if not waiting:
+            began, counted = (began, counted + len(deltas)) if began else (time.perf_counter(), 0)
+    return counted / (time.perf_counter() - began)
+
+
+def _disturbance(bench: Bench, streams: int, adapters: Sequence[str], new_tokens: int, loaded: str) -> float:
+    """Milliseconds by which the longest step while an adapter is loaded, and first used, exceeds the median of all."""
+    waiting = _add(bench, streams, adapters, new_tokens, None)
+    core, steps, during = bench.core, [], 0.0
+    reply, used = None, False
+    while core.has_work():
+        began = time.perf_counter()
+        waiting -= {delta.request_id for delta in core.step()}
+        seconds = time.perf_counter() - began
+        if waiting:
+            continue
+        steps.append(seconds)
+        if reply is None and len(steps) > new_tokens // 4:
+            reply = core.run_command("load_adapter", {"name": "late", "path": loaded})
+        elif reply is not None and len(steps) < new_tokens * 3 // 4:
+            during = max(during, seconds)
+            if reply.done() and not used:
+                reply.result()
+                _add(bench, 1, ["late"], 1, None)
+                used = True
+    assert used, "the load took longer than the streams"
+    core.run_command("unload_adapter", {"name": "late"}).result()
+    return (during - statistics.median(steps)) * 1e3
+
+
+def _add(bench: Bench, streams: int, adapters: Sequence[str], new_tokens: int, xlora: bool | None) -> set[str]:
+    prompts = bench.prompts([Shape(128, new_tokens)] * streams)
+    submits = submits_of(prompts, [new_tokens] * streams)
+    for index, submit in enumerate(submits):
+        changed = msgspec.structs.replace(submit, adapter=adapters[index % len(adapters)], xlora=xlora)
+        bench.core.add(changed)
+    return {submit.request_id for submit in submits}
+
+
+if __name__ == "__main__":
+    main()

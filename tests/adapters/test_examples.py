@@ -1,0 +1,54 @@
+"""The training recipe makes a mix that the engine serves."""
+
+from __future__ import annotations
+
+import argparse
+from pathlib import Path
+
+import pytest
+import torch
+
+from examples import train_xlora
+from examples.xlora_tasks import TASKS, examples, mixture
+from tests.adapters.conftest import AdaptedModel
+from trident_llm import Engine, EngineConfig
+
+
+class ByteTokenizer:
+    def __call__(self, text: str, add_special_tokens: bool) -> dict[str, list[int]]:
+        return {"input_ids": list(text.encode())}
+
+
+def test_data_is_the_same_every_time_and_each_task_its_own() -> None:
+    for task in TASKS:
+        assert examples(task, 5, seed=1) == examples(task, 5, seed=1) != examples(task, 5, seed=2)
+    starts = {examples(task, 1, seed=0)[0].prompt.split(":")[0] for task in TASKS}
+    assert len(starts) == len(TASKS)
+    assert {entry.prompt.split(":")[0] for entry in mixture(6, seed=0)} == starts
+
+
+@pytest.fixture
+def options(tmp_path: Path) -> argparse.Namespace:
+    return argparse.Namespace(out=tmp_path, device="cpu", adapter_steps=2, classifier_steps=2, batch=6)
+
+
+def test_a_trained_mix_is_served(
+    adapted: AdaptedModel, options: argparse.Namespace, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(train_xlora, "CLASSIFIER_SIZE", 16)
+    torch.manual_seed(0)
+    for task in TASKS:
+        train_xlora.train_adapter(adapted.base, ByteTokenizer(), task, options)
+    train_xlora.train_classifier(adapted.base, ByteTokenizer(), options)
+    config = EngineConfig(
+        model=str(adapted.folder), dtype="fp32", device="cpu", max_num_blocks=64, xlora=str(options.out),
+        max_lora_rank=4,
+    )  # fmt: skip
+    with Engine(config) as engine:
+        (output,) = engine.generate("Date: 3 May 1999\n", stream=False, max_tokens=5, return_scalings=True)
+        assert output.scalings is not None and list(output.scalings) == list(TASKS)
+        assert sum(output.scalings.values()) == pytest.approx(1, abs=1e-4)
+        assert [adapter["name"] for adapter in engine.list_adapters()["adapters"]] == list(TASKS)
+        (member,) = engine.generate("Date: 3 May 1999\n", stream=False, max_tokens=5, adapter="dates")
+        assert member.scalings is None
+        engine.check_integrity()

@@ -1,0 +1,73 @@
+"""Products of 8-bit activations with 8-bit weights in the Triton language against float64 torch."""
+
+from __future__ import annotations
+
+import pytest
+import torch
+
+from tests.kernels.cuda_cases import HALF_DTYPES, INTERPRETED, PDL, assert_close, poisoned, random_tensor
+from trident_llm.kernels.packed_bytes import BLOCK, PackedBytes, pack_bytes
+from trident_llm.kernels.quantize_rows import QuantizedRows, quantize_rows
+from trident_llm.kernels.quantized_weight import QuantizedWeight
+from trident_llm.kernels.scaled_matmul import ScaledConfig, scaled_matmul
+
+pytestmark = pytest.mark.gpu
+
+CODES = [torch.int8] if INTERPRETED else [torch.int8, torch.float8_e4m3fn]
+"""The interpreter's numpy knows no 8-bit floats."""
+LIMITS = {torch.int8: 127.0, torch.float8_e4m3fn: 448.0}
+SIZES = [(70, 576), (33, 160)] if INTERPRETED else [(70, 576), (33, 160), (6144, 4096), (4096, 14336)]
+
+
+def random_weight(size: tuple[int, int], codes: torch.dtype) -> QuantizedWeight:
+    weight = random_tensor(*size, seed=1, scale=0.02)
+    scales = weight.abs().amax(-1, keepdim=True) / LIMITS[codes]
+    rounded = (weight / scales).round().add(128).to(torch.uint8) if codes == torch.int8 else (weight / scales).to(codes)
+    zeros = torch.full_like(scales, 128, dtype=torch.uint8)
+    activations = "int8" if codes == torch.int8 else "fp8"
+    return QuantizedWeight(rounded, scales, zeros, 8, size[1], activations)  # type: ignore[arg-type]
+
+
+def in_order(values: torch.Tensor, num_inputs: int) -> torch.Tensor:
+    """Columns of packed bytes in the order of the inputs."""
+    return values.float().unflatten(-1, (-1, BLOCK // 2, 2)).transpose(-1, -2).flatten(-3)[..., :num_inputs]
+
+
+@pytest.mark.parametrize("codes", CODES, ids=str)
+def test_packing_keeps_every_code(codes: torch.dtype) -> None:
+    weight = random_weight((70, 576), codes)
+    packed = pack_bytes(weight)
+    torch.testing.assert_close(in_order(packed.codes, 576) * packed.scales[:, None], weight.dequantize())
+
+
+@pytest.mark.parametrize("codes", CODES, ids=str)
+@pytest.mark.parametrize("dtype", HALF_DTYPES)
+@pytest.mark.parametrize("num_inputs", [576, 160, 14336])
+def test_quantize_rows(num_inputs: int, dtype: torch.dtype, codes: torch.dtype) -> None:
+    x = random_tensor(5, num_inputs, dtype=dtype)
+    rows = quantize_rows(x, codes, pdl=PDL)
+    scales = x.float().abs().amax(-1) / LIMITS[codes]
+    torch.testing.assert_close(rows.scales, scales)
+    found = in_order(rows.values, num_inputs)
+    expected = x.float() / scales[:, None]
+    if codes == torch.int8:
+        assert (found - expected.round()).abs().max() <= 1 and (found != expected.round()).float().mean() < 1e-3
+    else:
+        torch.testing.assert_close(found, expected.to(codes).float(), rtol=0.13, atol=2e-3)
+
+
+@pytest.mark.parametrize("codes", CODES, ids=str)
+@pytest.mark.parametrize("dtype", HALF_DTYPES)
+@pytest.mark.parametrize("size", SIZES, ids=str)
+@pytest.mark.parametrize("num_rows", [1, 17, 70, 300])
+def test_scaled_matmul(num_rows: int, size: tuple[int, int], dtype: torch.dtype, codes: torch.dtype) -> None:
+    packed: PackedBytes = pack_bytes(random_weight(size, codes))
+    rows: QuantizedRows = quantize_rows(random_tensor(num_rows, size[1], dtype=dtype), codes, pdl=PDL)
+    bias = random_tensor(size[0], dtype=dtype, seed=2)
+    x = in_order(rows.values, size[1]).double() * rows.scales[:, None].double()
+    expected = x @ (in_order(packed.codes, size[1]).double() * packed.scales[:, None].double()).T
+    out = poisoned(num_rows, size[0], dtype=dtype)
+    scaled_matmul(rows, packed, out, pdl=PDL)
+    assert_close(out, expected)
+    scaled_matmul(rows, packed, out, bias=bias, config=ScaledConfig(128, 64, 4, 3), pdl=PDL)
+    assert_close(out, expected + bias.double())
