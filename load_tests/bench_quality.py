@@ -70,7 +70,7 @@ class Bench:
         most = self.args.tokens and max(self.args.tokens // self.args.length, 1)
         texts = {kind: text_sequences(tokenizer, kind, self.args.length, most) for kind in KINDS}
         with torch.inference_mode():
-            references = {kind: refer(self._chunks(model, sequences)) for kind, sequences in texts.items()}
+            references = {kind: refer(self._chunks(model, texts[kind]), model.decoder.head) for kind in KINDS}
         file = self._file(REFERENCE, {})
         for kind, logprobs in _with_both({kind: found.logprobs for kind, found in references.items()}).items():
             file.record(kind, "perplexity", [perplexity(logprobs)])

@@ -17,6 +17,8 @@ from trident_llm.engine.loading import LoadedModel, choose_kv_cache_dtype
 class Chunk:
     """Some positions of a sequence, on the model's device."""
 
+    hidden: Tensor
+    """[C, H]: what the head reads."""
     logits: Tensor
     """[C, vocab] float32."""
     following: Tensor
@@ -48,8 +50,9 @@ class TeacherForced:
         """All positions of a sequence that have a next token, in order."""
         for start in range(0, len(tokens) - 1, self._chunk):
             end = min(start + self._chunk, len(tokens) - 1)
-            logits = self._decoder.forward(self._model_input(tokens, start, end), self._cache)
-            yield Chunk(logits, self._tensor(tokens[start + 1 : end + 1], torch.int64))
+            hidden = self._decoder.hidden_states(self._model_input(tokens, start, end), self._cache)
+            following = self._tensor(tokens[start + 1 : end + 1], torch.int64)
+            yield Chunk(hidden, self._decoder.head(hidden).float(), following)
 
     def _model_input(self, tokens: list[int], start: int, end: int) -> ModelInput:
         """Positions ``start`` to ``end`` of a sequence whose blocks follow each other."""

@@ -86,12 +86,14 @@ class Generation:
             params=self.params,
             samples=starts,
             priority=self.options.request_priority,
+            user=self.options.user,
             cache_salt=self.options.cache_salt,
             adapter=self._adapter,
             xlora=self._xlora,
             xlora_top_k=self.options.xlora_top_k,
             xlora_temperature=self.options.xlora_temperature,
             return_scalings=self.options.return_scalings,
+            return_layer_scalings=self.options.return_layer_scalings,
         )
 
     def apply(self, delta: Delta) -> list[Abort]:
@@ -170,7 +172,8 @@ class Sample:
         self._logprobs: list[TokenLogprobs] = []
         self._cumulative_logprob = 0.0
         self._scaling_sums: dict[str, float] = {}
-        self._num_scalings = 0
+        self._scalings: list[dict[str, list[float]]] = []
+        """Of each token, with a mix and where they are wanted."""
         self._num_taken_tokens = 0
         self._num_taken_pieces = 0
         self._finish_taken = False
@@ -226,13 +229,15 @@ class Sample:
             num_input_tokens=len(self._generation.prompt_ids),
             num_output_tokens=len(self.token_ids),
             num_cached_tokens=self._generation.num_cached_tokens,
-            scalings={name: total / self._num_scalings for name, total in self._scaling_sums.items()} or None,
+            scalings={name: total / len(self._scalings) for name, total in self._scaling_sums.items()} or None,
+            layer_scalings=self._scalings[since_token:] if options.return_layer_scalings and self._scalings else None,
         )
 
-    def _add_scalings(self, scalings: dict[str, float] | None) -> None:
-        for name, scaling in (scalings or {}).items():
-            self._scaling_sums[name] = self._scaling_sums.get(name, 0.0) + scaling
-        self._num_scalings += scalings is not None
+    def _add_scalings(self, scalings: dict[str, list[float]] | None) -> None:
+        if scalings is not None:
+            self._scalings.append(scalings)
+            for name, values in scalings.items():
+                self._scaling_sums[name] = self._scaling_sums.get(name, 0.0) + sum(values) / len(values)
 
     def _show(self, text: str) -> None:
         if text:

@@ -147,6 +147,10 @@ class RequestOptions:
     request_priority: int = option(
         0, "int", integer(-(2**31), 2**31 - 1), "an integer of 32 bits", "lower runs first and is preempted last"
     )
+    user: str = option(
+        "", "str", name, "a string of at most 1024 characters",
+        "whose request it is: when there is not room for all, users get equal shares",
+    )
     cache_salt: str = option(
         "", "str", name, "a string of at most 1024 characters",
         "prefix-cache blocks are shared only between requests with equal salts",
@@ -169,6 +173,9 @@ class RequestOptions:
         None, "float", number(0.01, 100), "a number from 0.01 to 100", "of the mix's softmax. Default: the mix's own"
     )
     return_scalings: bool = flag(False, "output scalings: JSON, mean scaling by adapter of the mix; null without one")
+    return_layer_scalings: bool = flag(
+        False, "output layer_scalings: JSON, scalings by adapter and layer for each of this response's tokens; or null"
+    )
 
     @classmethod
     def parse(

@@ -51,7 +51,9 @@ class Output:
     """Prompt tokens that came from the prefix cache."""
     scalings: dict[str, float] | None = None
     """Of the adapters of an X-LoRA mix, averaged over modules and this sample's tokens so far; None unless the option
-    ``return_scalings`` is set and there is a mix."""
+    ``return_scalings`` or ``return_layer_scalings`` is set and there is a mix."""
+    layer_scalings: list[dict[str, list[float]]] | None = None
+    """One per token of ``token_ids``: of each adapter, averaged over the modules of each layer; None likewise."""
 
 
 def logprobs_json(positions: Sequence[PositionLogprobs] | None) -> str:

@@ -60,6 +60,8 @@ class Submit(msgspec.Struct, frozen=True, kw_only=True, tag="submit"):
     samples: list[SampleStart] = msgspec.field(default_factory=lambda: [SampleStart(index=0)])
     priority: int = 0
     """Lower runs first and is preempted last."""
+    user: str = ""
+    """Users share the engine fairly when there is not room for all."""
     cache_salt: str = ""
     """Prefix-cache blocks are shared only between requests with equal salts."""
     adapter: str = ""
@@ -70,6 +72,7 @@ class Submit(msgspec.Struct, frozen=True, kw_only=True, tag="submit"):
     """0: all adapters; None: as settings and mix say."""
     xlora_temperature: float | None = None
     return_scalings: bool = False
+    return_layer_scalings: bool = False
 
 
 class Abort(msgspec.Struct, frozen=True, kw_only=True, tag="abort"):
@@ -134,8 +137,9 @@ class Delta(msgspec.Struct, kw_only=True):
     """Prompt tokens that came from the prefix cache."""
     adapter: str = ""
     """With offset 0: the request's adapters or mix, with generations."""
-    scalings: dict[str, float] | None = None
-    """Of the token's adapters, averaged over modules; None unless they are wanted and there is a mix."""
+    scalings: dict[str, list[float]] | None = None
+    """Of the token's adapters, averaged over all modules, or over those of each layer; None unless they are wanted and
+    there is a mix."""
 
 
 class StepDeltas(msgspec.Struct, frozen=True, kw_only=True, tag="deltas"):

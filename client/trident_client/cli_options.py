@@ -25,6 +25,7 @@ _TEXTS = {
     "stop_token_ids": "token ids that end the answer, as a JSON list",
     "logit_bias": "token id to bias, as a JSON object",
     "adapter": "answer with this LoRA adapter, or with a blend: NAME:WEIGHT,NAME:WEIGHT",
+    "user": "whose request it is; users share a full engine",
     "cache_salt": "share cached prefixes only with requests of the same salt",
 }
 

@@ -18,6 +18,7 @@ from trident_llm.adapters.adapter_file import AdapterTarget, read_adapter
 from trident_llm.adapters.device_slots import DeviceSlots
 from trident_llm.adapters.slots import SlotLoad
 from trident_llm.engine.batch import StepAdapters
+from trident_llm.kernels.quantized_weight import QuantizedWeight, stack
 
 BIASES = {"attention_bias": True, "mlp_bias": True}
 
@@ -118,6 +119,36 @@ def test_sequences_with_different_adapters_and_none_share_a_step(tiny: TinyDecod
     expected.append(tiny.expected(prompts[3]))
     for got, wanted in zip(found, expected, strict=True):
         torch.testing.assert_close(got, wanted, rtol=1e-4, atol=1e-4)
+
+
+@pytest.mark.parametrize("bits", [8, 4])
+@pytest.mark.parametrize("config", [{"r": 5}, {"r": 3, "use_dora": True}], ids=["lora", "dora"])
+def test_quantized_base_weights(bits: int, config: dict[str, Any], tmp_path: Path) -> None:
+    """The oracle has the values that the quantized weights stand for; adapters never touch them."""
+    tiny = make_tiny("Llama")
+    modules = dict(tiny.oracle.named_modules())
+    for linear in tiny.decoder.adaptable_linears():
+        parts = [quantize(modules[name].weight.data, bits) for name in linear.parts]
+        for name, part in zip(linear.parts, parts, strict=True):
+            modules[name].weight.data = part.dequantize()
+        linear.linear.set_weight(stack(parts))
+    oracle = write_adapter(tiny.oracle, tmp_path, seed=5, **config)
+    put_into_slots(tiny, [tmp_path])
+    ids = tokens(30)
+    (found,) = run(tiny, [[1.0, 0.0, 0.0]], [ids], chunk=11)
+    expected = logits(oracle, ids)
+    assert (expected - tiny.expected(ids)).abs().max() > 0.1, "the adapter changes nothing"
+    torch.testing.assert_close(found, expected, rtol=1e-4, atol=1e-4)
+
+
+def quantize(weight: torch.Tensor, bits: int, group_size: int = 8) -> QuantizedWeight:
+    """Round to nearest, symmetric."""
+    groups = weight.view(weight.shape[0], -1, group_size)
+    middle = 2 ** (bits - 1)
+    scales = groups.abs().amax(-1) / (middle - 1)
+    codes = (groups / scales[..., None]).round() + middle
+    zero_points = torch.full(scales.shape, middle, dtype=torch.uint8)
+    return QuantizedWeight(codes.view(weight.shape).to(torch.uint8), scales, zero_points, bits, group_size)
 
 
 def test_a_model_without_adapters_in_its_step_is_the_base(tiny: TinyDecoder, tmp_path: Path) -> None:

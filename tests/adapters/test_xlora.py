@@ -240,10 +240,26 @@ def test_scalings_are_returned(mixes: dict[str, TestedMix], adapted: AdaptedMode
             tokens += delta.token_ids
             returned.append(delta.scalings)
     expected = scalings(mix.oracle, prompt + tokens[:-1])[-5:].mean(1)
-    torch.testing.assert_close(torch.tensor([list(row.values()) for row in returned]), expected, rtol=1e-4, atol=1e-5)
+    means = torch.tensor([[value for (value,) in row.values()] for row in returned])
+    torch.testing.assert_close(means, expected, rtol=1e-4, atol=1e-5)
     assert list(returned[0]) == list(MEMBERS)
-    assert all(abs(sum(row.values()) - 1) < 1e-5 for row in returned)
+    torch.testing.assert_close(means.sum(1), torch.ones(5), rtol=0, atol=1e-5)
     core.close()
+
+
+def test_scalings_are_returned_by_layer(mixes: dict[str, TestedMix], adapted: AdaptedModel) -> None:
+    prompt = prompt_of(15, seed=5)
+    for name in ("layerwise", "dense"):
+        core = mixes[name].core(adapted)
+        core.add(make_submit(prompt, max_tokens=1, return_layer_scalings=True))
+        (delta,) = core.step()
+        assert delta.scalings is not None
+        modules = scalings(mixes[name].oracle, prompt)[-1]
+        # Every module of both layers is updated by some member.
+        torch.testing.assert_close(
+            torch.tensor(list(delta.scalings.values())), modules.view(2, 7, 3).mean(1).T, rtol=1e-4, atol=1e-5
+        )
+        core.close()
 
 
 def test_samples_of_a_request_share_both_passes(mixes: dict[str, TestedMix], adapted: AdaptedModel) -> None:

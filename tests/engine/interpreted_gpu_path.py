@@ -92,7 +92,7 @@ def test_blocks_come_back_from_the_host(tmp_path, monkeypatch):
 
 def with_host_blocks(load, num_blocks):
     """``load_model`` as on a GPU: on a CPU the setting is refused."""
-    return lambda config, progress: dataclasses.replace(load(config, progress), num_host_blocks=num_blocks)
+    return lambda *arguments: dataclasses.replace(load(*arguments), num_host_blocks=num_blocks)
 
 
 def test_samples_may_outnumber_the_sequences_of_a_decode_step(tmp_path, monkeypatch):

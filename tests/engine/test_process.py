@@ -17,7 +17,7 @@ from tests.fakes.fake_engine import FakeEngineCore, next_token
 from trident_llm.config import EngineConfig
 from trident_llm.deaths import Deaths
 from trident_llm.engine.loop import EngineLoop
-from trident_llm.engine.probation import Probation
+from trident_llm.engine.probation import TRIAL_TOKENS, Probation
 from trident_llm.engine.transport import DoorSocket
 from trident_llm.protocol import (
     Abort,
@@ -87,6 +87,7 @@ class RunningLoop:
     context: zmq.Context[zmq.Socket[bytes]]
     acquitted: list[Deaths]
     """What the probation wanted written down."""
+    thread: threading.Thread
 
     def door(self) -> RawDoor:
         socket = self.context.socket(zmq.DEALER)
@@ -113,10 +114,10 @@ def loop(tmp_path: Path, request: pytest.FixtureRequest) -> Iterator[RunningLoop
     engine = EngineLoop(core, config, socket, "epoch-1", board=board, probation=probation)
     thread = threading.Thread(target=engine.run)
     thread.start()
-    running = RunningLoop(address, core, context, acquitted)
+    running = RunningLoop(address, core, context, acquitted, thread)
     yield running
-    door = running.door()
-    door.send(Shutdown())
+    if thread.is_alive():
+        running.door().send(Shutdown())
     thread.join(5.0)
     assert not thread.is_alive()
     socket.close()
@@ -236,3 +237,53 @@ def test_merged_deltas_keep_everything(tmp_path):
     assert (merged.finish_reason, merged.stopped_by_token, merged.num_cached_tokens) == ("stop", True, 16)
     socket.close()
     context.destroy(linger=0)
+
+
+def test_suspects_run_alone_and_the_condemned_not_at_all(loop):
+    door = loop.door()
+    door.send(submit("poison.3"))
+    message = door.receive()
+    assert isinstance(message, StepDeltas)
+    assert message.deltas[0].error.startswith("[INTERNAL] the engine broke 3 times")
+    door.send(submit("other", max_tokens=5))
+    time.sleep(0.1)
+    assert not loop.core.has_work()
+    door.send(submit("suspect.1", max_tokens=20))
+    tokens: dict[str, list[int]] = {}
+    while len(tokens.get("suspect.1", ())) < 20 or len(tokens.get("other", ())) < 5:
+        message = door.receive()
+        assert isinstance(message, StepDeltas)
+        for delta in message.deltas:
+            assert delta.request_id == "suspect.1" or len(tokens["suspect.1"]) >= TRIAL_TOKENS
+            tokens[delta.request_id] = tokens.get(delta.request_id, []) + delta.token_ids
+    assert tokens == {"suspect.1": expected(20), "other": expected(5)}
+    assert [deaths.counts for deaths in loop.acquitted] == [{"there-once": 1}]
+
+
+def test_no_new_requests_while_the_engine_is_being_ended(loop):
+    door = loop.door()
+    door.send(submit("running", max_tokens=2000))
+    wait_until(loop.core.has_work)
+    door.send(Shutdown(drain_timeout=20.0))
+    door.send(submit("late"))
+    ids: list[int] = []
+    refused = ""
+    while len(ids) < 2000 or not refused:
+        message = door.receive()
+        assert isinstance(message, StepDeltas)
+        for delta in message.deltas:
+            ids += delta.token_ids
+            refused = refused or delta.error
+    assert ids == expected(2000)
+    assert refused == "[UNAVAILABLE] the engine is being ended; retry after 2 s"
+    loop.thread.join(1.0)
+    assert not loop.thread.is_alive()
+
+
+def test_the_end_does_not_wait_longer_than_it_should(loop):
+    door = loop.door()
+    door.send(submit("running", max_tokens=10**9))
+    wait_until(loop.core.has_work)
+    door.send(Shutdown(drain_timeout=0.2))
+    loop.thread.join(1.0)
+    assert not loop.thread.is_alive()

@@ -51,7 +51,7 @@ def test_quantize_rows(num_inputs: int, dtype: torch.dtype, codes: torch.dtype) 
     found = in_order(rows.values, num_inputs)
     expected = x.float() / scales[:, None]
     if codes == torch.int8:
-        assert (found - expected.round()).abs().max() <= 1 and (found != expected.round()).float().mean() < 1e-3
+        assert (found - expected).abs().max() <= 0.5 + 1e-4
     else:
         torch.testing.assert_close(found, expected.to(codes).float(), rtol=0.13, atol=2e-3)
 

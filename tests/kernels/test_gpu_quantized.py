@@ -9,14 +9,12 @@ from tests.kernels.cuda_cases import DEVICE, HALF_DTYPES, PDL, assert_close, poi
 from tests.kernels.test_cuda_quantized import product, random_weight
 from tests.kernels.test_cuda_scaled import CODES
 from tests.kernels.test_cuda_scaled import random_weight as random_bytes
-from trident_llm.kernels.deferred_norm import DeferredNorm
 from trident_llm.kernels.packed_bytes import pack_bytes
 from trident_llm.kernels.packed_weight import pack
 from trident_llm.kernels.quantized_linear import QuantizedLinear
-from trident_llm.kernels.quantized_vector import VectorConfig, num_programs, quantized_vector, supports
+from trident_llm.kernels.quantized_vector import VectorConfig, quantized_vector, supports
 from trident_llm.kernels.quantized_weight import BITS
 from trident_llm.kernels.scaled_linear import ScaledLinear
-from trident_llm.kernels.triton_language import TritonLanguageKernels
 
 pytestmark = pytest.mark.gpu
 
@@ -51,50 +49,9 @@ def test_the_linear_layer_of_every_row_count(num_rows: int, bits: int) -> None:
     assert_close(linear.silu_and_mul(x, packed, None), torch.nn.functional.silu(gate) * up)
     residual, norm_weight = random_tensor(num_rows, 512, dtype=dtype, seed=3), torch.ones(512, device=DEVICE).to(dtype)
     total = (expected.to(dtype) + residual).double()
-    normed = linear.add_rms_norm(x, packed, None, residual, norm_weight, 1e-5, False)
-    assert isinstance(normed, torch.Tensor)
+    normed = linear.add_rms_norm(x, packed, None, residual, norm_weight, 1e-5)
     assert_close(residual, total)
     assert_close(normed, total * torch.rsqrt(total.pow(2).mean(-1, keepdim=True) + 1e-5))
-
-
-@pytest.mark.parametrize("bits", [4, 8])
-@pytest.mark.parametrize("num_rows", [1, 2])
-@pytest.mark.parametrize("dtype", HALF_DTYPES)
-def test_quantized_vector_between_two_deferred_norms(dtype: torch.dtype, num_rows: int, bits: int) -> None:
-    weight, rows = random_weight((192, 1024, 128), bits), random_tensor(num_rows, 1024, dtype=dtype)
-    norm_weight, next_weight = random_tensor(1024, dtype=dtype, seed=4), random_tensor(192, dtype=dtype, seed=5)
-    mean_square = rows.double().square().mean(-1, keepdim=True)
-    expected = product(rows.double() * norm_weight.double() * torch.rsqrt(mean_square + 1e-5), weight)
-    residual = random_tensor(num_rows, 192, dtype=dtype, seed=3)
-    total = (expected.to(dtype) + residual).double()
-    deferred = DeferredNorm(rows * norm_weight, rows.float().square().unflatten(1, (64, 16)).sum(-1), 1e-5)
-    out, packed = poisoned(num_rows, 192, dtype=dtype), pack(weight)
-    squares = poisoned(num_rows, num_programs(packed), dtype=torch.float32)
-    quantized_vector(
-        deferred.values, packed, out, squares=deferred.squares, eps=1e-5, residual=residual, norm_weight=next_weight,
-        new_squares=squares, pdl=PDL,
-    )  # fmt: skip
-    assert_close(residual, total)
-    assert_close(out, total * next_weight.double())
-    assert_close(squares.sum(-1), total.square().sum(-1), 1e-2)
-    assert_close(deferred.finish(), rows.double() * norm_weight.double() * torch.rsqrt(mean_square + 1e-5))
-
-
-@pytest.mark.parametrize("num_rows", [1, 2, 3])
-@pytest.mark.parametrize("quantized", [False, True])
-def test_layers_that_defer_their_norm_equal_those_that_do_not(quantized: bool, num_rows: int) -> None:
-    kernels, dtype = TritonLanguageKernels(num_processors=132, pdl=PDL), torch.bfloat16
-    weights = [random_weight(size, 4, seed) for seed, size in enumerate([(512, 512, 128), (2048, 512, 128)])]
-    first, second = (kernels.pack_linear(w if quantized else w.dequantize(dtype)) for w in weights)
-    x, norm_weight = random_tensor(num_rows, 512, dtype=dtype), random_tensor(512, dtype=dtype, seed=5)
-    found = []
-    for may_defer in (True, False):
-        residual = random_tensor(num_rows, 512, dtype=dtype, seed=3)
-        normed = kernels.linear_add_rms_norm(x, first, None, residual, norm_weight, 1e-5, may_defer)
-        assert isinstance(normed, DeferredNorm) == (may_defer and quantized and num_rows <= 2)
-        found.append((residual, kernels.linear_silu_and_mul(normed, second), kernels.linear(normed, second)))
-    for deferred, plain in zip(*found, strict=True):
-        assert_close(deferred, plain.double())
 
 
 @pytest.mark.parametrize("codes", CODES, ids=str)
@@ -126,7 +83,6 @@ def test_the_scaled_linear_layer_of_every_row_count(num_rows: int, codes: torch.
     assert_close(linear.silu_and_mul(x, packed, None), torch.nn.functional.silu(gate) * up, 2 * limit)
     residual, norm_weight = random_tensor(num_rows, 512, dtype=dtype, seed=3), torch.ones(512, device=DEVICE).to(dtype)
     total = (expected.to(dtype) + residual).double()
-    normed = linear.add_rms_norm(x, packed, None, residual, norm_weight, 1e-5, False)
-    assert isinstance(normed, torch.Tensor)
+    normed = linear.add_rms_norm(x, packed, None, residual, norm_weight, 1e-5)
     assert_close(residual, total, limit)
     assert_close(normed, total * torch.rsqrt(total.pow(2).mean(-1, keepdim=True) + 1e-5), limit)

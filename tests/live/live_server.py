@@ -22,7 +22,7 @@ from trident_llm.launch.ports import choose_ports
 from trident_llm.launch.repository import copy_repository
 from trident_llm.launch.run_folder import RunFolder, new_run_folder
 from trident_llm.launch.server_home import find_server
-from trident_llm.launch.server_process import ServerProcess, server_command, server_environment
+from trident_llm.launch.server_process import DEFAULT_DRAIN_TIMEOUT, ServerProcess, server_command, server_environment
 
 ROOT = Path(__file__).resolve().parents[2]
 START_SECONDS = 90.0
@@ -75,10 +75,11 @@ def serve(*arguments: str) -> Iterator[LiveServer]:
         try:
             engine = copy_repository(options, run.models)
             home = find_server(os.environ, run.backends)
-            command = server_command(home, options, ports, run)
+            drain_timeout = engine.drain_timeout if engine is not None else DEFAULT_DRAIN_TIMEOUT
+            command = server_command(home, options, ports, run, drain_timeout)
             token = engine.admin_token if engine is not None else ""
             environment = server_environment(os.environ, home, run, token)
-            process = ServerProcess(command, environment, ("127.0.0.1", ports.http), run.log)
+            process = ServerProcess(command, environment, ("127.0.0.1", ports.http), run.log, drain_timeout)
             began = time.monotonic()
             process.wait_until_ready(lambda: _check_time(began))
             yield LiveServer(ports, run, process)

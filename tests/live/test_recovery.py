@@ -14,6 +14,7 @@ from tests.fakes.fake_engine import expected_text
 from tests.live.live_server import LiveServer, serve_fake
 from tests.live.requests import GrpcStream, admin, generate, metrics, text_of, wait_until_running
 from trident_llm.errors import LoadFailed
+from trident_llm.launch.run_folder import SHARED_MEMORY
 from trident_llm.run_directory import RunDirectory
 from trident_llm.server.engine_watch import wait_for_end
 
@@ -53,7 +54,7 @@ def test_killed_engine_costs_no_token_in_either_door(tmp_path: Path):
         before = metrics(server)["trident_output_tokens_total"]
 
         answer = generate(server, "llm", "<crash>")
-        assert answer.body["error"].startswith("[INTERNAL] the engine broke 3 times while it served this request")
+        assert answer.body["error"].startswith("[INTERNAL] the engine broke 2 times while it served this request")
         wait_until_healthy(server)
         assert generate(server, "llm", "hello", max_tokens=9).body["text_output"] == expected_text("hello", 9)
         time.sleep(0.7)
@@ -72,8 +73,14 @@ def test_other_door_takes_over_when_a_stub_is_killed(tmp_path: Path):
         engine = server.find_process("fake_engine")
         holder = engine.parent()
         assert holder is not None
-        holder.kill()
-        kill_engine(server)
+        with GrpcStream(server, "llm_vllm") as stream:
+            stream.submit("hello", stream=True, max_tokens=300)
+            wait_until_running(server)
+            holder.kill()
+            time.sleep(0.3)
+            assert engine.is_running()
+            kill_engine(server)
+            assert text_of(stream.until_final()) == expected_text("hello", 300)
         wait_until(lambda: (status := RunDirectory(folder).read_status()) is not None and status.pid != engine.pid)
         wait_until_healthy(server)
         answer = generate(server, "llm_vllm", "hello", max_tokens=9, exclude_input_in_output=True)
@@ -81,6 +88,26 @@ def test_other_door_takes_over_when_a_stub_is_killed(tmp_path: Path):
         time.sleep(0.7)
         assert metrics(server)["trident_engine_ready"] == 1
         assert RunDirectory(folder).exists()
+        pid, prefix = server.find_process("fake_engine").pid, server.run.shared_memory_prefix
+    assert wait_for_end(pid, 0.0)
+    assert not list(SHARED_MEMORY.glob(f"{prefix}*"))
+
+
+def test_streams_may_finish_when_the_server_is_told_to_end(tmp_path: Path):
+    with serve_fake(tmp_path, *ARGUMENTS, "--set", "drain_timeout=10") as server:
+        with GrpcStream(server, "llm") as first, GrpcStream(server, "llm_vllm") as second:
+            first.submit("first", stream=True, max_tokens=300)
+            second.submit("second", stream=True, max_tokens=300)
+            wait_until_running(server, 2)
+            pid = server.find_process("bin/tritonserver").pid
+            os.kill(pid, signal.SIGTERM)
+            time.sleep(0.5)
+            with pytest.raises(OSError):
+                generate(server, "llm", "late", max_tokens=1)
+            assert text_of(first.until_final()) == expected_text("first", 300)
+            assert text_of(second.until_final()) == expected_text("second", 300)
+        assert wait_for_end(pid, 5.0)
+        assert not run_folders(server)
 
 
 def test_engine_that_does_not_load_gives_its_text_to_the_log(tmp_path: Path):

@@ -14,7 +14,7 @@ ROOT = Path(__file__).parents[2]
 def test_every_variant_is_recorded(tmp_path: Path) -> None:
     command = [sys.executable, str(ROOT / "load_tests/bench_adapters.py"), "--name=tiny", "--runs=1", "--adapters=3"]
     command += [f"--model={ROOT / 'load_tests/models/tiny-llama'}", f"--out={tmp_path / 'out.jsonl'}"]
-    command += ["--streams=4", "--new-tokens=200", "--set=load_format=dummy", "--set=device=cpu"]
+    command += ["--streams=4", "--new-tokens=100", "--set=load_format=dummy", "--set=device=cpu"]
     command += ["--set=num_threads=1", "--set=max_num_blocks=1024", "--set=dtype=fp32"]
     paths = os.pathsep.join(path for path in sys.path if path)
     subprocess.run(command, env={**os.environ, "PYTHONPATH": paths}, check=True, timeout=110)

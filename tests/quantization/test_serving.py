@@ -1,4 +1,4 @@
-"""What a loaded model computes is what its quantized weights say, with transformers as the oracle of everything else."""
+"""What a loaded model computes is what its quantized weights say; transformers is the oracle of everything else."""
 
 from __future__ import annotations
 

@@ -55,11 +55,12 @@ def text_of(output: Output | None) -> str | None:
 
 def test_submit_carries_the_request(byte_tokenizer: Tokenizer) -> None:
     generation = start(
-        byte_tokenizer, "Hé", n=2, seed=5, temperature=0.5, request_priority=-1, cache_salt="s", logprobs=2
+        byte_tokenizer, "Hé", n=2, seed=5, temperature=0.5, request_priority=-1, cache_salt="s", logprobs=2, user="u"
     )
     submit = generation.submit()
     assert (submit.request_id, submit.prompt_ids) == ("r", list("Hé".encode()))
     assert submit.samples == [SampleStart(index=0), SampleStart(index=1)]
+    assert submit.user == "u"
     assert (submit.priority, submit.cache_salt, submit.params.seed, submit.params.logprobs) == (-1, "s", 5, 2)
     assert submit.params.max_tokens == 64 - 3
 
@@ -363,10 +364,19 @@ def test_a_resubmission_without_adapters_gets_no_mix_that_came_since(byte_tokeni
 
 def test_scalings_are_averaged_over_the_tokens(byte_tokenizer: Tokenizer) -> None:
     generation = running(byte_tokenizer, return_scalings=True)
-    generation.apply(delta("x", scalings={"one": 0.2, "two": 0.8}))
-    generation.apply(delta("y", offset=1, scalings={"one": 0.6, "two": 0.4}))
+    generation.apply(delta("x", scalings={"one": [0.2], "two": [0.8]}))
+    generation.apply(delta("y", offset=1, scalings={"one": [0.6], "two": [0.4]}))
     output = generation.take(0)
     assert output is not None and output.scalings == pytest.approx({"one": 0.4, "two": 0.6})
+    assert output.layer_scalings is None
+    layered = running(byte_tokenizer, return_layer_scalings=True)
+    rows = [{"one": [0.1, 0.3]}, {"one": [0.5, 0.7]}]
+    layered.apply(delta("x", scalings=rows[0]))
+    layered.take(0)
+    layered.apply(delta("y", offset=1, scalings=rows[1]))
+    output = layered.take(0)
+    assert output is not None and output.scalings == pytest.approx({"one": 0.4})
+    assert output.layer_scalings == rows[1:]
     plain = running(byte_tokenizer, return_scalings=True)
     plain.apply(delta("x"))
     assert plain.full_output(0).scalings is None

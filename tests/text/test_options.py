@@ -77,6 +77,7 @@ def test_defaults_of_vllm_backend(stream: object, excluded: bool) -> None:
         ("logprobs", True, 1),
         ("request_priority", "-3", -3),
         ("cache_salt", "tenant", "tenant"),
+        ("user", "somebody", "somebody"),
         ("timeout", 1.5, 1.5),
         ("messages", [], []),
         ("adapter", "", ""),

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import itertools
 import re
+from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -15,6 +16,9 @@ from torch import Tensor
 from ..errors import BadRequest, NotFound
 from .adapter_file import WEIGHTS_FILE
 from .xlora_config import CLASSIFIER_FILE, XLoraConfig
+
+MODULES_PER_LAYER = 7
+"""q, k, v, o, gate, up and down."""
 
 _TENSOR = re.compile(r"(?:.*internal_xlora_classifier\.layers|inner)\.([0-9]+)\.(weight|bias)|(last)\.(weight|bias)")
 
@@ -29,6 +33,10 @@ class Classifier:
     config: XLoraConfig
     module_rows: Tensor
     """[M] int64: the row of the classifier's output that each module of the model takes."""
+    module_layers: Tensor
+    """[M] int64: the layer of each module."""
+    is_updated: Tensor
+    """[M] float32: 1 for modules that some member updates."""
 
     def logits(self, hidden: Tensor) -> Tensor:
         """hidden [N, H] -> [N, modules or 1, adapters] float32."""
@@ -60,16 +68,26 @@ class Classifier:
         return scalings
 
 
+    def by_layer(self, scalings: Tensor) -> Tensor:
+        """[modules or 1, adapters] -> [layers, adapters]: averaged over the modules that are updated; 0 without any."""
+        each = scalings.index_select(0, self.module_rows) * self.is_updated[:, None]
+        num_layers = int(self.module_layers.shape[0]) // MODULES_PER_LAYER
+        sums = each.new_zeros(num_layers, each.shape[1]).index_add_(0, self.module_layers, each)
+        counts = self.is_updated.new_zeros(num_layers).index_add_(0, self.module_layers, self.is_updated)
+        return sums / counts.clamp(min=1)[:, None]
+
+
 def read_classifier(
-    folder: Path, config: XLoraConfig, what: str, *, module_rows: list[int], num_modules: int,
+    folder: Path, config: XLoraConfig, what: str, *, modules: Sequence[str], updated: Sequence[str],
     dtype: torch.dtype, device: torch.device,
 ) -> Classifier:  # fmt: skip
-    """Read and check the classifier beside a config. ``num_modules``: that members update.
+    """Read and check the classifier beside a config. ``modules``: of the model, in the order of the computation;
+    ``updated``: those that members update.
 
     Raises ``NotFound`` or ``BadRequest`` that begins with ``what``.
     """
     layers = _layers(folder, what)
-    shapes = _shapes(config, num_modules)
+    shapes = _shapes(config, len(updated))
     if len(layers) != len(shapes):
         raise BadRequest(f"{what}: the classifier has {len(layers)} layers; xlora_depth says {len(shapes)}")
     for number, (layer, shape) in enumerate(zip(layers, shapes, strict=True)):
@@ -86,7 +104,11 @@ def read_classifier(
         weights=tuple(layer["weight"].to(device, dtype) for layer in layers),
         biases=tuple(layer["bias"].to(device, dtype) if "bias" in layer else None for layer in layers),
         config=config,
-        module_rows=torch.tensor(module_rows, dtype=torch.int64, device=device),
+        module_rows=torch.tensor(
+            [updated.index(name) if config.layerwise and name in updated else 0 for name in modules], device=device
+        ),
+        module_layers=torch.arange(len(modules), device=device) // MODULES_PER_LAYER,
+        is_updated=torch.tensor([float(name in updated) for name in modules], device=device),
     )
 
 

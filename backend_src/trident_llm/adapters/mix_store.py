@@ -198,9 +198,8 @@ class MixStore:
         if any(weights.uses_dora for weights in members):
             raise BadRequest(f"{what}: DoRA members are not supported: a scaling is not linear in them")
         updated = [name for name in store.device.targets if any(name in weights.modules for weights in members)]
-        rows = [updated.index(name) if config.layerwise and name in updated else 0 for name in store.device.targets]
         classifier = read_classifier(
-            folder, config, what, module_rows=rows, num_modules=len(updated), dtype=store.target.dtype,
+            folder, config, what, modules=store.device.targets, updated=updated, dtype=store.target.dtype,
             device=store.target.device,
         )  # fmt: skip
         return _Files(config, classifier, members, tuple(files_digest(path, _MEMBER_FILES) for path in folders))

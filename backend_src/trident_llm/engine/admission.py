@@ -65,9 +65,11 @@ class Admission:
             stop_ids=frozenset(params.stop_token_ids) | (frozenset() if params.ignore_eos else self._eos_ids),
             priority=submit.priority,
             arrival=self._arrivals,
+            user=submit.user,
             salt=salt + (_SALT_END + blend.key if blend else b""),
             blend=blend,
             wants_scalings=submit.return_scalings,
+            wants_layer_scalings=submit.return_layer_scalings,
         )
         if isinstance(blend, MixUse):
             seq.companion = Sequence(

@@ -329,11 +329,12 @@ class EngineCore:
             del self._requests[seq.request_id]
 
 
-def _named(seq: Sequence, scalings: list[float] | None) -> dict[str, float] | None:
+def _named(seq: Sequence, scalings: list[list[float]] | None) -> dict[str, list[float]] | None:
     """By adapter."""
     if scalings is None:
         return None
-    return {adapter.name: scaling for adapter, scaling in zip(seq.adapters, scalings, strict=True)}
+    columns = zip(*scalings, strict=True)
+    return {adapter.name: list(column) for adapter, column in zip(seq.adapters, columns, strict=True)}
 
 
 def _make_runner(

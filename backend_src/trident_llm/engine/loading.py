@@ -219,7 +219,8 @@ def _pool_blocks(
         )
     else:
         budget = int(psutil.virtual_memory().available * _CPU_POOL_SHARE)
-    most = config.max_num_seqs * -(-max_model_len // config.block_size)
+    # With a mix a sequence has K and V of two passes.
+    most = (2 if config.xlora else 1) * config.max_num_seqs * -(-max_model_len // config.block_size)
     num_blocks = min(budget // block_bytes, most)
     if num_blocks < 1:
         raise LoadFailed(

@@ -184,7 +184,8 @@ class EngineLoop:
         door = self._doors.get(delta.request_id)
         if door is None:
             return
-        self._probation.saw(delta.request_id, num_tokens=len(delta.token_ids))
+        if self._probation.saw(delta):
+            self._core.abort(delta.request_id)
         if delta.finish_reason is not None:
             self._forget(delta.request_id, delta.sample_index)
         self._socket.post_delta(door, delta)

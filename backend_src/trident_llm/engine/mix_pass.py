@@ -53,9 +53,10 @@ class MixWeights:
     weights: Tensor
     """[M, T, S] float32: what every token of the second pass takes of each slot, in each module of the model."""
     means: Mapping[Sequence, Tensor]
-    """[adapters] of each sequence that samples and wants them: its last token's scalings, averaged over modules."""
+    """[1 or layers, adapters] of each sequence that samples and wants them: its last token's scalings, averaged over
+    all modules or over those of each layer."""
 
-    def mean_of(self, seq: Sequence) -> list[float] | None:
+    def mean_of(self, seq: Sequence) -> list[list[float]] | None:
         """On the host: waits for the device."""
         return self.means[seq].tolist() if seq in self.means else None
 
@@ -174,8 +175,10 @@ class MixPass:
                 own = self._with_frozen(part, found)
                 first += part.num_scaled
                 rows = slice(part.token_row, part.token_row + part.num_tokens)
-                if part.samples and part.seq.wants_scalings:
-                    means[part.seq] = own[-1].mean(0)
+                if part.samples and part.seq.wants_layer_scalings:
+                    means[part.seq] = mix.classifier.by_layer(own[-1])
+                elif part.samples and part.seq.wants_scalings:
+                    means[part.seq] = own[-1].mean(0, keepdim=True)
                 if own.shape[1] > 1:
                     own = own.index_select(1, mix.classifier.module_rows)
                 weights[:, rows, slots] = own.transpose(0, 1) * part.use.factor

@@ -31,8 +31,8 @@ class SampledToken:
     seq: Sequence
     token_id: int
     logprobs: TokenLogprobs | None
-    scalings: list[float] | None = None
-    """Of each adapter of the sequence's mix, where they are wanted."""
+    scalings: list[list[float]] | None = None
+    """Of each adapter of the sequence's mix, in all or by layer, where they are wanted."""
 
 
 @dataclass(frozen=True)

@@ -10,15 +10,17 @@ from collections import deque
 from collections.abc import Callable, Iterable
 from dataclasses import dataclass
 
+import msgspec
+
 from ..deaths import Deaths, base_id
 from ..errors import EngineFailed
-from ..protocol import Submit
+from ..protocol import Delta, SampleStart, Submit
 
 ARRIVAL_SECONDS = 2.0
 """How long all others wait for suspects to be resubmitted: doors find a new engine within a fraction of that."""
-TRIAL_TOKENS = 2
-"""Output tokens after which a suspect has passed the place where it was when the engine died: with lookahead, one step
-more had begun."""
+TRIAL_TOKENS = 8
+"""Output tokens after which a suspect has passed the place where it was when the engine died: its door may lack the
+last few that had been generated, and with lookahead one step more had begun."""
 
 
 @dataclass(frozen=True)
@@ -27,6 +29,29 @@ class Waiting:
 
     door: bytes
     submit: Submit
+
+
+class _Trial:
+    """The one request that runs, and what it has generated."""
+
+    def __init__(self, suspect: Waiting) -> None:
+        self._suspect = suspect
+        self.request_id = suspect.submit.request_id
+        self.outputs = {sample.index: list(sample.output_ids) for sample in suspect.submit.samples}
+        """Of the samples that have not finished."""
+        self.num_tokens = 0
+
+    def add(self, delta: Delta) -> None:
+        self.num_tokens += len(delta.token_ids)
+        if delta.finish_reason is not None:
+            self.outputs.pop(delta.sample_index, None)
+        else:
+            self.outputs[delta.sample_index] += delta.token_ids
+
+    def rest(self) -> Waiting:
+        """A submission that goes on from here."""
+        samples = [SampleStart(index=index, output_ids=ids) for index, ids in self.outputs.items()]
+        return Waiting(self._suspect.door, msgspec.structs.replace(self._suspect.submit, samples=samples))
 
 
 class Probation:
@@ -40,9 +65,7 @@ class Probation:
         self._expected_until = time.monotonic() + ARRIVAL_SECONDS
         self._suspects: deque[Waiting] = deque()
         self._others: deque[Waiting] = deque()
-        self._on_trial: str | None = None
-        """Request id of the one that runs alone."""
-        self._num_tokens = 0
+        self._on_trial: _Trial | None = None
 
     @property
     def is_active(self) -> bool:
@@ -72,27 +95,33 @@ class Probation:
 
     def release(self, *, core_has_work: bool) -> list[Waiting]:
         """What may go to the core now: one suspect, or all others once there is none left."""
-        if self._on_trial is not None or core_has_work:
-            return []
-        if self._suspects:
+        if self._on_trial is None and self._suspects and not core_has_work:
             suspect = self._suspects.popleft()
-            self._on_trial, self._num_tokens = suspect.submit.request_id, 0
+            self._on_trial = _Trial(suspect)
             return [suspect]
         if self.is_active:
             return []
         released, self._others = list(self._others), deque()
         return released
 
-    def saw(self, request_id: str, *, num_tokens: int) -> None:
-        """The core has computed output tokens of a request."""
-        if request_id == self._on_trial:
-            self._num_tokens += num_tokens
-            if self._num_tokens >= TRIAL_TOKENS:
-                self._acquit()
+    def saw(self, delta: Delta) -> bool:
+        """The core has computed tokens. True when it must let go of their request, because others are to be tried:
+        ``release`` brings it back as far as it has come."""
+        trial = self._on_trial
+        if trial is None or trial.request_id != delta.request_id:
+            return False
+        trial.add(delta)
+        if trial.num_tokens < TRIAL_TOKENS:
+            return False
+        self._acquit()
+        if not self._suspects or not trial.outputs:
+            return False
+        self._others.appendleft(trial.rest())
+        return True
 
     def ended(self, request_id: str) -> None:
         """A request has finished, or its door has given it up, wherever it was."""
-        if request_id == self._on_trial:
+        if self._on_trial is not None and request_id == self._on_trial.request_id:
             self._acquit()
         self._suspects = _without(self._suspects, request_id)
         self._others = _without(self._others, request_id)
@@ -109,7 +138,7 @@ class Probation:
 
     def _acquit(self) -> None:
         assert self._on_trial is not None
-        self._deaths = self._deaths.acquit(self._on_trial)
+        self._deaths = self._deaths.acquit(self._on_trial.request_id)
         self._on_trial = None
         self._on_acquitted(self._deaths)
 

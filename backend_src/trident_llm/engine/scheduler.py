@@ -16,6 +16,7 @@ from dataclasses import dataclass
 from ..adapters.slots import AdapterSlots, SlotLoad
 from .block_events import FreeReason
 from .block_manager import BlockCopy, BlockManager, PrefixMatch
+from .fair_order import in_turn
 from .host_tier import HostCopies
 from .sequence import Sequence, Status
 
@@ -144,7 +145,7 @@ class Scheduler:
             scheduled.append(self._advance(seq, num_tokens))
             budget -= num_tokens
         slots_awaited = False
-        for seq in list(self.waiting):
+        for seq in in_turn(self.waiting, self.running):
             if budget == 0 or len(self.running) >= self.max_num_seqs or seq.num_pending:
                 break
             if seq.waits_for is not None and self.blocks.still_waits(seq):

@@ -41,6 +41,8 @@ class Sequence:
     priority: int = 0
     arrival: int = 0
     """Order of arrival; unique in an engine."""
+    user: str = ""
+    """Whose it is: users share the engine when there is not room for all."""
     salt: bytes = b""
     """Enters every block hash: blocks are shared between equal salts only."""
     blend: Blend | MixUse | None = None
@@ -51,7 +53,9 @@ class Sequence:
     cache_limit: int | None = None
     """Blocks that reach beyond so many tokens are not shared: what they hold depends on more than their tokens."""
     wants_scalings: bool = False
-    """Whether the scalings of its tokens' adapters go with them."""
+    """Whether the scalings of its tokens' adapters go with them, averaged over all modules."""
+    wants_layer_scalings: bool = False
+    """Whether they go with them layer by layer."""
     arrival_time: float = field(default_factory=time.monotonic)
     status: Status = Status.WAITING
     started: bool = False

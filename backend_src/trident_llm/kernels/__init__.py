@@ -12,7 +12,6 @@ import torch
 from torch import Tensor
 
 from ..engine.batch import AttentionMetadata
-from .deferred_norm import DeferredNorm
 from .layer_cache import LayerCache
 from .lora_layer import LoraLayer, LoraRows
 from .quantized_weight import QuantizedWeight
@@ -27,7 +26,7 @@ class Kernels(Protocol):
         The packed weight is opaque to the caller, but for ``nbytes``.
         """
 
-    def linear(self, x: Tensor | DeferredNorm, weight: Any, bias: Tensor | None = None) -> Tensor:
+    def linear(self, x: Tensor, weight: Any, bias: Tensor | None = None) -> Tensor:
         """x [T, in] times a packed weight, plus bias [out] -> [T, out]."""
 
     def rms_norm(self, x: Tensor, weight: Tensor, eps: float) -> Tensor:
@@ -39,23 +38,13 @@ class Kernels(Protocol):
     def silu_and_mul(self, gate_up: Tensor) -> Tensor:
         """gate_up [T, 2 * I], gate first -> silu(gate) * up, [T, I]."""
 
-    def linear_silu_and_mul(self, x: Tensor | DeferredNorm, weight: Any, bias: Tensor | None = None) -> Tensor:
+    def linear_silu_and_mul(self, x: Tensor, weight: Any, bias: Tensor | None = None) -> Tensor:
         """``silu_and_mul(linear(x, weight, bias))``, in one kernel where that is faster."""
 
     def linear_add_rms_norm(
-        self,
-        x: Tensor,
-        weight: Any,
-        bias: Tensor | None,
-        residual: Tensor,
-        norm_weight: Tensor,
-        eps: float,
-        may_defer: bool = False,
-    ) -> Tensor | DeferredNorm:
-        """``fused_add_rms_norm(linear(x, weight, bias), residual, norm_weight, eps)``, likewise.
-
-        may_defer: only linear layers read the norm.
-        """
+        self, x: Tensor, weight: Any, bias: Tensor | None, residual: Tensor, norm_weight: Tensor, eps: float
+    ) -> Tensor:
+        """``fused_add_rms_norm(linear(x, weight, bias), residual, norm_weight, eps)``, likewise."""
 
     def add_lora(self, y: Tensor, x: Tensor, bias: Tensor | None, layer: LoraLayer, rows: LoraRows) -> None:
         """Add to y [T, out], which is W x + bias, what ``rows`` take of the updates in ``layer``; in place.

@@ -19,8 +19,8 @@ _OPERATOR_GROUPS = (256, 128, 64, 32)
 """Group sizes that the operator reads."""
 _OPERATOR_ROWS = {1: 64, 2: 32}
 """By number of planes: up to so many rows the operator is faster than dequantization."""
-_TILE_PANELS = 12
-"""Most panels that are dequantized for one multiplication."""
+_TILE_PANELS, _TILE_ELEMENTS = 24, 1 << 22
+"""Most panels, and about the most weights, that are dequantized for one multiplication."""
 _CHUNK_ELEMENTS = 1 << 19
 """Weights that pass from integers to floats at once, in memory that a core's cache holds and every chunk reuses."""
 _MIDDLE = 8
@@ -105,7 +105,8 @@ class NibblePanels:
     def _tiled(self, x: Tensor) -> Tensor:
         """The product with one transposed tile of the weight after another."""
         num_panels = self.nibbles.shape[0]
-        num_tiles = -(-num_panels // _TILE_PANELS)
+        most = min(max(_TILE_ELEMENTS // (self.num_inputs * _PANEL), 1), _TILE_PANELS)
+        num_tiles = -(-num_panels // most)
         bounds = [num_panels * tile // num_tiles for tile in range(num_tiles + 1)]
         y = x.new_empty(x.shape[0], num_panels * _PANEL)
         space = _Space.of(self, max(last - first for first, last in itertools.pairwise(bounds)), x.dtype)

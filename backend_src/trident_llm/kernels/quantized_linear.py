@@ -8,7 +8,6 @@ from torch import Tensor
 
 from . import quantized_matmul, quantized_vector
 from .checks import HALF_DTYPES
-from .deferred_norm import DeferredNorm
 from .packed_linear import PackedLinear
 from .packed_weight import PackedWeight
 from .quantized_matmul import QuantizedConfig
@@ -27,7 +26,7 @@ class QuantizedLinear(PackedLinear[PackedWeight]):
         super().__init__(pdl=pdl)
         self._use_asm = use_asm
 
-    def _takes_vectors(self, x: Tensor | DeferredNorm, weight: PackedWeight) -> bool:
+    def _takes_vectors(self, x: Tensor, weight: PackedWeight) -> bool:
         return weight.input_order is None and super()._takes_vectors(x, weight)
 
     def _matrix(self, x: Tensor, weight: PackedWeight, bias: Tensor | None) -> Tensor:

@@ -11,13 +11,11 @@ from __future__ import annotations
 from dataclasses import dataclass
 
 import torch
-import triton
 from torch import Tensor
 from triton.experimental import gluon
 from triton.experimental.gluon import language as gl
 from triton.language.extra.cuda import gdc_launch_dependents, gdc_wait
 
-from . import deferred_norm
 from .checks import HALF_DTYPES, check_dtype, check_last_contiguous, check_shape
 from .packed_bytes import PackedBytes
 from .packed_weight import PackedWeight
@@ -75,12 +73,6 @@ def _words(weight: PackedWeight | PackedBytes) -> _Words:
     return _Words(codes, weight.scales, kind, 8, weight.num_inputs, strides)
 
 
-def num_programs(weight: PackedWeight | PackedBytes, config: VectorConfig | None = None) -> int:
-    """Programs of a launch, without silu_and_mul."""
-    bits = weight.bits if isinstance(weight, PackedWeight) else 8
-    return weight.shape[0] // (config or default_config(weight.num_inputs, bits)).tile_outputs
-
-
 def supports(weight: PackedWeight | PackedBytes) -> bool:
     """Whether the kernel reads this weight: 4 or 8 bits, whole blocks, and no group within a load."""
     num_outputs, num_inputs = weight.shape
@@ -112,10 +104,6 @@ def _quantized_vector_kernel(
     low,  # [panels, blocks, 64, 64] int16, with strides for panel, block and output; bytes: FORMAT "int8" or "fp8"
     scales,  # [groups, num_outputs] int32, with zeros; of bytes [num_outputs] float32; twice the outputs with SILU
     bias,  # [num_outputs]; unused unless HAS_BIAS
-    squares,  # [num_rows, NUM_SQUARES], x is to be divided by the root of their mean; unused if NUM_SQUARES is 0
-    residual,  # [num_rows, num_outputs], the products are added to it; unused unless ADD
-    norm_weight,  # [num_outputs], out becomes it times the sums; unused unless ADD
-    new_squares,  # [num_rows, programs] float32, of the sums; unused unless ADD
     out,  # [num_rows, num_outputs]
     num_outputs,
     num_rows,
@@ -124,9 +112,7 @@ def _quantized_vector_kernel(
     stride_block,
     stride_output,
     stride_groups,
-    stride_residual,
     stride_out,
-    eps,
     NUM_INPUTS: gl.constexpr,
     FORMAT: gl.constexpr,
     BITS: gl.constexpr,
@@ -137,9 +123,6 @@ def _quantized_vector_kernel(
     DEPTH: gl.constexpr,
     HAS_BIAS: gl.constexpr,
     SILU: gl.constexpr,
-    NUM_SQUARES: gl.constexpr,
-    PADDED_SQUARES: gl.constexpr,
-    ADD: gl.constexpr,
     PDL: gl.constexpr,
 ):
     if PDL:
@@ -180,12 +163,6 @@ def _quantized_vector_kernel(
     x_row = gl.arange(0, PADDED_ROWS, layout=gl.SliceLayout(0, gl.SliceLayout(1, RIGHT)))[None, None, :]
     x_pointers = x + x_row * stride_x + x_share * (SHARE * BLOCK) + x_column
     x_mask = (x_row < num_rows) & (x_column >= 0) & (x_share >= 0)
-    if NUM_SQUARES > 0:
-        # Loaded before the products and added up after them: nobody waits.
-        part = gl.arange(0, PADDED_SQUARES, layout=gl.BlockedLayout([1], [32], [WARPS], [0]))
-        first_squares = gl.load(squares + part, mask=part < NUM_SQUARES, other=0.0)
-        mask = (part < NUM_SQUARES) & (num_rows > 1)
-        second_squares = gl.load(squares + NUM_SQUARES + part, mask=mask, other=0.0)
     acc = gl.zeros([WARPS, TILE_OUTPUTS, PADDED_ROWS], gl.float32, layout=SUMS)
     for block in gl.static_range(SHARE):
         current = loaded[0]
@@ -219,11 +196,6 @@ def _quantized_vector_kernel(
         tile_row = gl.arange(0, TILE_OUTPUTS, layout=gl.SliceLayout(1, gl.SliceLayout(0, SUMS)))
         scaled_output = gl.program_id(0) * HALF + tile_row % HALF + tile_row // HALF * num_outputs
         total *= gl.load(scales + scaled_output)[:, None]
-    if NUM_SQUARES > 0:
-        first_scale = 1.0 / gl.sqrt(gl.sum(first_squares, axis=0) / NUM_INPUTS + eps)
-        second_scale = 1.0 / gl.sqrt(gl.sum(second_squares, axis=0) / NUM_INPUTS + eps)
-        number = gl.arange(0, PADDED_ROWS, layout=gl.SliceLayout(0, gl.SliceLayout(0, SUMS)))
-        total *= gl.where(number == 0, first_scale, second_scale)[None, :]
     if SILU:
         gate, up = gl.split(gl.permute(gl.reshape(total, [2, HALF, PADDED_ROWS]), (1, 2, 0)))
         # Rounded in between as two kernels would round: the fusion does not change the result.
@@ -235,18 +207,6 @@ def _quantized_vector_kernel(
     if HAS_BIAS:
         total += gl.load(bias + output).to(gl.float32)
     mask = (out_row < num_rows) & (output >= 0)
-    if ADD:
-        pointers = residual + out_row * stride_residual + output
-        # Rounded where separate kernels would round.
-        added = total.to(out.dtype.element_ty).to(gl.float32) + gl.load(pointers, mask=mask, other=0.0).to(gl.float32)
-        added = added.to(residual.dtype.element_ty)
-        gl.store(pointers, added, mask=mask)
-        total = added.to(gl.float32)
-        row_squares = gl.sum(total * total, axis=0)
-        number = gl.arange(0, PADDED_ROWS, layout=gl.SliceLayout(0, LAYOUT))
-        target = new_squares + number * gl.num_programs(0) + gl.program_id(0)
-        gl.store(target, row_squares, mask=number < num_rows)
-        total *= gl.load(norm_weight + output).to(gl.float32)
     gl.store(out + out_row * stride_out + output, total.to(out.dtype.element_ty), mask=mask)
 
 
@@ -257,21 +217,14 @@ def quantized_vector(
     *,
     bias: Tensor | None = None,
     silu_and_mul: bool = False,
-    squares: Tensor | None = None,
-    eps: float = 0.0,
-    residual: Tensor | None = None,
-    norm_weight: Tensor | None = None,
-    new_squares: Tensor | None = None,
     config: VectorConfig | None = None,
     pdl: bool = False,
 ) -> None:
     """x [T, in] times weight [out, in] transposed, plus bias [out], into out [T, out]; T at most ``MAX_ROWS``.
 
     For weights that ``supports`` accepts. silu_and_mul: weight is [2 * out, in], gate first, and out is
-    silu(gate) * up; there is no bias then. squares and eps: those of a ``DeferredNorm`` whose values x is. residual
-    [T, out]: the products are added to it in place, out is norm_weight [out] times the sums, and new_squares
-    [T, num_programs] float32 what their squares add up to in each program. bf16 or fp16, sums in float32. With pdl the
-    weight must not be written by the kernel launched just before.
+    silu(gate) * up; there is no bias then. bf16 or fp16, sums in float32. With pdl the weight must not be written by
+    the kernel launched just before.
     """
     num_rows, num_inputs = x.shape
     num_outputs = out.shape[1]
@@ -287,23 +240,10 @@ def quantized_vector(
         raise ValueError(f"x has {num_rows} rows; allowed: 1 to {MAX_ROWS}")
     if silu_and_mul and bias is not None:
         raise ValueError("silu_and_mul takes no bias")
-    if (squares is not None or residual is not None) and num_rows > deferred_norm.MAX_ROWS:
-        raise ValueError(f"x has {num_rows} rows; with a deferred norm allowed: 1 to {deferred_norm.MAX_ROWS}")
-    programs = num_programs(weight, config)
-    if residual is not None:
-        if silu_and_mul or norm_weight is None or new_squares is None:
-            raise ValueError("residual goes with norm_weight and new_squares, and without silu_and_mul")
-        check_shape("residual", residual, (num_rows, num_outputs))
-        check_last_contiguous("residual", residual)
-        check_shape("new_squares", new_squares, (num_rows, programs))
-        check_last_contiguous("new_squares", new_squares, 2)
-    num_squares = 0 if squares is None else squares.shape[1]
-    _quantized_vector_kernel[(programs,)](
-        x, words.low, words.scales, bias, squares, residual, norm_weight, new_squares, out, num_outputs, num_rows,
-        x.stride(0), *words.strides, 0 if residual is None else residual.stride(0), out.stride(0), eps,
+    _quantized_vector_kernel[(weight.shape[0] // config.tile_outputs,)](
+        x, words.low, words.scales, bias, out, num_outputs, num_rows, x.stride(0), *words.strides, out.stride(0),
         NUM_INPUTS=num_inputs, FORMAT=words.format, BITS=words.bits, GROUP_SIZE=words.group_size,
         TILE_OUTPUTS=config.tile_outputs, PADDED_ROWS=8 if num_rows <= 8 else 16, WARPS=config.num_warps,
-        DEPTH=config.depth, HAS_BIAS=bias is not None, SILU=silu_and_mul, NUM_SQUARES=num_squares,
-        PADDED_SQUARES=max(32 * config.num_warps, triton.next_power_of_2(num_squares)), ADD=residual is not None,
-        PDL=pdl, num_warps=config.num_warps, **({"launch_pdl": True} if pdl else {}),
+        DEPTH=config.depth, HAS_BIAS=bias is not None, SILU=silu_and_mul, PDL=pdl, num_warps=config.num_warps,
+        **({"launch_pdl": True} if pdl else {}),
     )  # fmt: skip

@@ -86,9 +86,7 @@ def linear_add_rms_norm(
     residual: Tensor,
     norm_weight: Tensor,
     eps: float,
-    may_defer: bool = False,
 ) -> Tensor:
-    del may_defer
     return fused_add_rms_norm(linear(x, weight, bias), residual, norm_weight, eps)
 
 

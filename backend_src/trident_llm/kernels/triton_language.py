@@ -17,7 +17,6 @@ from ..engine.batch import AttentionMetadata
 from . import matrix_vector, skinny_matmul
 from .checks import HALF_DTYPES
 from .decode_attention import allocate_workspace, choose_num_splits, decode_attention
-from .deferred_norm import DeferredNorm, finished
 from .layer_cache import LayerCache
 from .lora import add_lora
 from .lora_layer import LoraLayer, LoraRows
@@ -110,10 +109,9 @@ class TritonLanguageKernels:
             return weight.contiguous()
         return pack(weight) if weight.activations == "none" else pack_bytes(weight)
 
-    def linear(self, x: Tensor | DeferredNorm, weight: Weight, bias: Tensor | None = None) -> Tensor:
+    def linear(self, x: Tensor, weight: Weight, bias: Tensor | None = None) -> Tensor:
         if not isinstance(weight, Tensor):
             return self._packed[type(weight)].linear(x, weight, bias)
-        x = finished(x)
         if not _streams_weight(x, weight, _MAX_STREAMED_ROWS):
             return F.linear(x, weight, bias)
         out = x.new_empty(x.shape[0], weight.shape[0])
@@ -138,12 +136,9 @@ class TritonLanguageKernels:
         silu_and_mul(gate_up, out, pdl=self._pdl)
         return out
 
-    def linear_silu_and_mul(
-        self, x: Tensor | DeferredNorm, weight: Weight, bias: Tensor | None = None
-    ) -> Tensor:
+    def linear_silu_and_mul(self, x: Tensor, weight: Weight, bias: Tensor | None = None) -> Tensor:
         if not isinstance(weight, Tensor):
             return self._packed[type(weight)].silu_and_mul(x, weight, bias)
-        x = finished(x)
         # What the fusion saves outweighs what cuBLAS is faster.
         if bias is not None or not _streams_weight(x, weight, skinny_matmul.MAX_ROWS):
             return self.silu_and_mul(self.linear(x, weight, bias))
@@ -153,20 +148,10 @@ class TritonLanguageKernels:
         return out
 
     def linear_add_rms_norm(
-        self,
-        x: Tensor,
-        weight: Weight,
-        bias: Tensor | None,
-        residual: Tensor,
-        norm_weight: Tensor,
-        eps: float,
-        may_defer: bool = False,
-    ) -> Tensor | DeferredNorm:
+        self, x: Tensor, weight: Weight, bias: Tensor | None, residual: Tensor, norm_weight: Tensor, eps: float
+    ) -> Tensor:
         if not isinstance(weight, Tensor):
-            # In fp16 a row times the norm's weight could overflow before it is scaled.
-            may_defer = may_defer and x.dtype == torch.bfloat16
-            multiplier = self._packed[type(weight)]
-            return multiplier.add_rms_norm(x, weight, bias, residual, norm_weight, eps, may_defer)
+            return self._packed[type(weight)].add_rms_norm(x, weight, bias, residual, norm_weight, eps)
         num_rows, num_inputs = x.shape
         max_rows = skinny_matmul.MAX_ROWS if num_inputs >= _LONG_INPUTS else _MAX_STREAMED_ROWS
         if bias is None and num_rows > matrix_vector.MAX_ROWS and weight.dtype == x.dtype and x.dtype in HALF_DTYPES:

@@ -19,7 +19,7 @@ from .repository import copy_repository
 from .run_folder import RunFolder, new_run_folder, remove_stale
 from .sample import answer_sample
 from .server_home import find_server
-from .server_process import ServerProcess, server_command, server_environment
+from .server_process import DEFAULT_DRAIN_TIMEOUT, ServerProcess, server_command, server_environment
 from .watchdog import Watchdog
 
 _SIGNALS = (signal.SIGINT, signal.SIGTERM, signal.SIGHUP)
@@ -72,11 +72,13 @@ def _serve(options: Options, ports: Ports) -> NoReturn:
 def _start(options: Options, ports: Ports, run: RunFolder) -> ServerProcess:
     engine = copy_repository(options, run.models)
     home = find_server(os.environ, run.backends)
+    drain_timeout = engine.drain_timeout if engine is not None else DEFAULT_DRAIN_TIMEOUT
     return ServerProcess(
-        server_command(home, options, ports, run),
+        server_command(home, options, ports, run, drain_timeout),
         server_environment(os.environ, home, run, engine.admin_token if engine is not None else ""),
         (options.connect_host, ports.http),
         options.log or run.log,
+        drain_timeout,
     )
 
 

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import http.client
+import math
 import os
 import secrets
 import signal
@@ -21,16 +22,22 @@ from .run_folder import RUN_VARIABLE, RunFolder
 from .server_home import ServerHome
 from .server_log import ServerLog, load_failure
 
-EXIT_SECONDS = 3.8
-"""How long the server may take to end after SIGTERM before it is killed."""
+STOP_SECONDS = 1.8
+"""How long the server may take to end after ``drain_timeout`` before it is killed."""
 
-DRAIN_SECONDS = 2
-"""How much of that the server spends on requests that are under way."""
+UNLOAD_SECONDS = 1
+"""How much of that it may spend on its models, whatever still runs."""
+
+DEFAULT_DRAIN_TIMEOUT = 2.0
+"""Where there is no engine that says it."""
 
 _GUARDED_APIS = "model-repository,shared-memory,trace,logging"
 
 
-def server_command(home: ServerHome, options: Options, ports: Ports, run: RunFolder) -> list[str]:
+def server_command(
+    home: ServerHome, options: Options, ports: Ports, run: RunFolder, drain_timeout: float = DEFAULT_DRAIN_TIMEOUT
+) -> list[str]:
+    """``drain_timeout``: seconds that requests which are under way may take when the server is to end."""
     command = [str(home.binary), f"--model-repository={run.models}"]
     if home.backends is not None:
         command.append(f"--backend-directory={home.backends}")
@@ -40,7 +47,7 @@ def server_command(home: ServerHome, options: Options, ports: Ports, run: RunFol
         "--log-verbose=0",
         "--allow-metrics=true",
         "--metrics-interval-ms=1000",
-        f"--exit-timeout-secs={DRAIN_SECONDS}",
+        f"--exit-timeout-secs={math.ceil(drain_timeout) + UNLOAD_SECONDS}",
         f"--backend-config=python,shm-region-prefix-name={run.shared_memory_prefix}",
     ]
     if options.only:
@@ -71,8 +78,16 @@ def server_environment(
 class ServerProcess:
     """A started server. It runs in a session of its own, so a terminal's Ctrl-C reaches the launcher alone."""
 
-    def __init__(self, command: list[str], environment: dict[str, str], address: tuple[str, int], log: Path) -> None:
+    def __init__(
+        self,
+        command: list[str],
+        environment: dict[str, str],
+        address: tuple[str, int],
+        log: Path,
+        drain_timeout: float = DEFAULT_DRAIN_TIMEOUT,
+    ) -> None:
         """``address``: host and port of the HTTP endpoint, as this machine reaches it."""
+        self._exit_seconds = math.ceil(drain_timeout) + STOP_SECONDS
         self.log = ServerLog(log)
         self._address = address
         self._is_ready = False
@@ -108,11 +123,11 @@ class ServerProcess:
             raise LoadFailed(f"the Triton server ended {how}:\n{self.log.failure()}")
 
     def stop(self) -> None:
-        """End the server: it gets a few seconds for what is under way, none while it still loads."""
+        """End the server: it gets ``drain_timeout`` and a little for what is under way, none while it still loads."""
         if self._process.poll() is None:
             self._process.terminate()
             try:
-                self._process.wait(timeout=EXIT_SECONDS if self._is_ready else 0.2)
+                self._process.wait(timeout=self._exit_seconds if self._is_ready else 0.2)
             except subprocess.TimeoutExpired:
                 self._process.kill()
                 self._process.wait()

@@ -14,7 +14,6 @@ from torch import Tensor
 
 from ..errors import LoadFailed
 from ..kernels import Kernels
-from ..kernels.deferred_norm import DeferredNorm, finished
 from ..kernels.lora_layer import LoraLayer, LoraRows
 from ..kernels.quantized_weight import QuantizedWeight, stack
 
@@ -49,40 +48,28 @@ class Linear:
         """bias: [out]."""
         self.bias = bias
 
-    def __call__(self, x: Tensor | DeferredNorm, adapters: LoraRows | None = None) -> Tensor:
+    def __call__(self, x: Tensor, adapters: LoraRows | None = None) -> Tensor:
         y = self._linear(x, self.weight, self.bias)
         if adapters is not None and self.lora is not None:
-            self._kernels.add_lora(y, finished(x), self.bias, self.lora, adapters)
+            self._kernels.add_lora(y, x, self.bias, self.lora, adapters)
         return y
 
     def product(self, x: Tensor) -> Tensor:
         """x W^T, whatever the bias and the updates."""
         return self._linear(x, self.weight, None)
 
-    def silu_and_mul(self, x: Tensor | DeferredNorm, adapters: LoraRows | None = None) -> Tensor:
+    def silu_and_mul(self, x: Tensor, adapters: LoraRows | None = None) -> Tensor:
         """silu(gate) * up of this layer's outputs, gate first: [T, out / 2]."""
         if adapters is None:
             return self._kernels.linear_silu_and_mul(x, self.weight, self.bias)
         return self._kernels.silu_and_mul(self(x, adapters))
 
     def add_rms_norm(
-        self,
-        x: Tensor,
-        residual: Tensor,
-        norm_weight: Tensor,
-        eps: float,
-        adapters: LoraRows | None = None,
-        *,
-        may_defer: bool = False,
-    ) -> Tensor | DeferredNorm:
-        """Add this layer's outputs to residual [T, out] in place; the norm of the sum, [T, out].
-
-        may_defer: see ``Kernels.linear_add_rms_norm``.
-        """
+        self, x: Tensor, residual: Tensor, norm_weight: Tensor, eps: float, adapters: LoraRows | None = None
+    ) -> Tensor:
+        """Add this layer's outputs to residual [T, out] in place; the norm of the sum, [T, out]."""
         if adapters is None:
-            return self._kernels.linear_add_rms_norm(
-                x, self.weight, self.bias, residual, norm_weight, eps, may_defer
-            )
+            return self._kernels.linear_add_rms_norm(x, self.weight, self.bias, residual, norm_weight, eps)
         return self._kernels.fused_add_rms_norm(self(x, adapters), residual, norm_weight, eps)
 
 

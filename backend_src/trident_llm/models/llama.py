@@ -16,7 +16,6 @@ from torch import Tensor
 from ..engine.batch import ModelInput
 from ..engine.kv_cache import KVCache
 from ..kernels import kernels_for
-from ..kernels.deferred_norm import DeferredNorm, finished
 from ..kernels.layer_cache import LayerCache
 from ..kernels.lora_layer import LoraRows
 from ..kernels.quantized_weight import QuantizedWeight
@@ -95,7 +94,7 @@ class LlamaDecoder:
             adapters=model_input.adapters.tokens if model_input.adapters else None,
         )
         residual = F.embedding(model_input.token_ids, self.embedding)
-        x: Tensor | DeferredNorm = kernels.rms_norm(residual, self.layers[0].input_norm, eps)
+        x = kernels.rms_norm(residual, self.layers[0].input_norm, eps)
         next_norms = [layer.input_norm for layer in self.layers[1:]] + [self.final_norm]
         adapters = step.adapters
         for layer, layer_cache, next_norm in zip(self.layers, kv_cache.layers, next_norms, strict=True):
@@ -104,13 +103,12 @@ class LlamaDecoder:
                 attended = attended.index_select(0, model_input.logits_rows)
                 residual = residual.index_select(0, model_input.logits_rows)
                 adapters = model_input.adapters.rows if model_input.adapters else None
-            x = layer.o.add_rms_norm(attended, residual, layer.post_attention_norm, eps, adapters, may_defer=True)
+            x = layer.o.add_rms_norm(attended, residual, layer.post_attention_norm, eps, adapters)
             activated = layer.gate_up.silu_and_mul(x, adapters)
-            may_defer = layer is not self.layers[-1]
-            x = layer.down.add_rms_norm(activated, residual, next_norm, eps, adapters, may_defer=may_defer)
-        return finished(x)
+            x = layer.down.add_rms_norm(activated, residual, next_norm, eps, adapters)
+        return x
 
-    def _attention(self, layer: DecoderLayer, x: Tensor | DeferredNorm, layer_cache: LayerCache, step: _Step) -> Tensor:
+    def _attention(self, layer: DecoderLayer, x: Tensor, layer_cache: LayerCache, step: _Step) -> Tensor:
         """x [T, hidden] -> attention's output before its projection, [T, Hq * D]."""
         config, kernels = self.config, self._kernels
         num_heads, num_kv_heads = config.num_attention_heads, config.num_key_value_heads

@@ -81,7 +81,7 @@ class Quantization:
             )
         self._max_loss = config.isq_max_loss
         self._caches = config.isq_cache
-        if self._max_loss and (not settings.enabled or settings.bits is not None):
+        if self._max_loss and (settings.method == NONE or settings.bits is not None):
             raise BadRequest(
                 f"isq_max_loss: {self._max_loss:g} chooses bits for the layers of isq_method; "
                 "set isq_method, and leave isq_bits empty"

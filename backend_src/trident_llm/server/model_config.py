@@ -59,6 +59,7 @@ GENERATION_OUTPUTS = (
     TensorSpec("num_output_tokens", "TYPE_UINT32", (-1,)),
     TensorSpec("num_cached_tokens", "TYPE_UINT32"),
     TensorSpec("scalings", _STRING, (-1,)),
+    TensorSpec("layer_scalings", _STRING, (-1,)),
 )
 ADMIN_INPUTS = (TensorSpec("command", _STRING), TensorSpec("arguments", _STRING, optional=True))
 ADMIN_OUTPUTS = (TensorSpec("result", _STRING),)

@@ -62,6 +62,9 @@ class ResponseBuilder:
             tensors.append(self._tensor("num_cached_tokens", [outputs[0].num_cached_tokens], np.uint32))
         if options.return_scalings:
             tensors.append(self._strings("scalings", [json.dumps(output.scalings) for output in outputs]))
+        if options.return_layer_scalings:
+            texts = [json.dumps(output.layer_scalings) for output in outputs]
+            tensors.append(self._strings("layer_scalings", texts))
         return pb_utils.InferenceResponse(output_tensors=tensors)
 
     def _strings(self, name: str, values: Sequence[str]) -> Any:
