@@ -2,8 +2,8 @@
 
     python load_tests/bench_adapters.py --model load_tests/models/mistral-7b --name mistral-7b --set load_format=dummy
 
-One engine with ``--adapters`` random adapters of rank 16 on all linear layers: one stream and 64, without adapters, with
-one, with 8 and with all of them by turns, and how much longer than usual a step takes while another adapter is loaded.
+One engine with ``--adapters`` random adapters of rank 16 on all linear layers: one stream and 64, without adapters,
+with one, with 8 and with all of them by turns, and how much longer than usual a step takes while another is loaded.
 Then engines with an X-LoRA mix of 4 members, top-2: without the mix, with it, and with scalings that freeze.
 """
 

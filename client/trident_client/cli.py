@@ -1,4 +1,4 @@
-"""The command ``trident``: generate, chat, stats, adapters with a running server; quantize and estimate without."""
+"""The command ``trident``: generate, chat, stats, adapters, xlora with a running server; quantize, estimate without."""
 
 from __future__ import annotations
 
@@ -18,6 +18,7 @@ from .chat import Chat
 from .cli_adapters import add_adapter_commands
 from .cli_options import add_options, given_options
 from .cli_weights import add_weights_commands
+from .cli_xlora import add_xlora_command
 from .client import TridentClient
 from .errors import BadRequest, Overloaded, TridentError
 from .results import Completion
@@ -79,6 +80,7 @@ def _parser() -> argparse.ArgumentParser:
     stats.add_argument("--json", action="store_true", help="print them as JSON")
     stats.add_argument("--admin-token", default="", metavar="TEXT", help="the server's admin_token, where it has one")
     add_adapter_commands(commands, _command)
+    add_xlora_command(commands, _command)
     add_weights_commands(commands, _EXIT_CODES)
     return parser
 

@@ -28,6 +28,8 @@ class Chunk:
     """Input tokens that came from the prefix cache (option ``return_num_cached_tokens``)."""
     scalings: dict[str, float] | None = None
     """Mean scaling so far of each adapter of an X-LoRA mix (option ``return_scalings``)."""
+    layer_scalings: list[dict[str, list[float]]] | None = None
+    """One entry per new token: scalings of each adapter by layer (option ``return_layer_scalings``)."""
     cumulative_logprob: float | None = None
     """Sum of the log-probabilities of the sample's tokens so far (option ``logprobs``)."""
     logprobs: list[Any] | None = None

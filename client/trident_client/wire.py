@@ -141,7 +141,9 @@ def _chunks(result: InferResult) -> list[Chunk]:
     texts = _texts(result, "text_output")
     reasons = [text if text not in ("", "None") else None for text in _texts(result, "finish_reason")]
     logprobs = [json.loads(text) for text in _texts(result, "logprobs")]
-    scalings = [json.loads(text) for text in _texts(result, "scalings")]
+    scalings, layer_scalings = (
+        [json.loads(text) for text in _texts(result, name)] for name in ("scalings", "layer_scalings")
+    )
     return [
         Chunk(
             text=text,
@@ -153,6 +155,7 @@ def _chunks(result: InferResult) -> list[Chunk]:
             cumulative_logprob=_at(_numbers(result, "cumulative_logprob"), index),
             logprobs=_at(logprobs, index),
             scalings=_at(scalings, index),
+            layer_scalings=_at(layer_scalings, index),
         )
         for index, text in enumerate(texts)
     ]

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import os
+import tempfile
 import threading
 import time
 from collections.abc import Iterator
@@ -149,7 +151,8 @@ def test_resubmission_continues_at_its_offset(loop):
 
 def test_malformed_messages_are_dropped(loop):
     door = loop.door()
-    for garbage in (b"", b"\xc1", b"\x81\xa4type\xa4nope", encode({"type": "submit", "request_id": 5})):
+    no_text = encode({"type": "abort", "request_id": "??"}).replace(b"??", b"\xf9\xf9")
+    for garbage in (b"", b"\xc1", b"\x81\xa4type\xa4nope", encode({"type": "submit", "request_id": 5}), no_text):
         door.socket.send(garbage)
     door.send(submit("a"))
     assert door.read_to_the_end("a") == expected(10)
@@ -287,3 +290,16 @@ def test_the_end_does_not_wait_longer_than_it_should(loop):
     door.send(Shutdown(drain_timeout=0.2))
     loop.thread.join(1.0)
     assert not loop.thread.is_alive()
+
+
+def test_the_socket_takes_this_user_alone(monkeypatch: pytest.MonkeyPatch):
+    with tempfile.TemporaryDirectory() as folder, zmq.Context() as context:
+        for user, is_served in ((os.getuid(), True), (os.getuid() + 1, False)):
+            monkeypatch.setattr(os, "getuid", lambda user=user: user)
+            socket = DoorSocket(f"ipc://{folder}/{user}", "epoch", context=context)
+            door = context.socket(zmq.DEALER)
+            door.connect(f"ipc://{folder}/{user}")
+            door.send(encode(Hello(door="test")))
+            assert bool(socket.receive(300)) == is_served
+            door.close(linger=0)
+            socket.close()

@@ -14,7 +14,7 @@ from trident_llm.kernels import reference
 from trident_llm.kernels.quantized_weight import Activations, QuantizedWeight
 from trident_llm.kernels.reference_quantized import quantize_tokens
 
-SHAPES = [(960, 576), (576, 1536), (1040, 96), (50, 96), (7, 48)]
+SHAPES = [(320, 576), (128, 1536), (1040, 96), (50, 96), (7, 48)]
 """Whole panels, panels with a rest, and widths for which torch has no operator."""
 ROWS = [0, 1, 3, 33, 70]
 """On both sides of where operators give way to dequantization."""

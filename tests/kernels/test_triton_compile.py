@@ -16,7 +16,10 @@ from tests.fakes.paged_steps import Chunk, PagedSteps
 from trident_llm.kernels.adjust_logits import AdjustmentTensors, adjust_logits, count_tokens
 from trident_llm.kernels.layer_cache import SCALED_LIMITS, LayerCache
 from trident_llm.kernels.lora_layer import LoraRows, allocate_lora_layer
+from trident_llm.kernels.quantize_rows import quantize_rows
+from trident_llm.kernels.quantized_weight import BITS, Activations, QuantizedWeight
 from trident_llm.kernels.sample_tokens import SamplingTensors, allocate_workspace, sample_tokens
+from trident_llm.kernels.scaled_matmul import scaled_matmul
 from trident_llm.kernels.token_logprobs import token_logprobs
 from trident_llm.kernels.triton_language import TritonLanguageKernels
 
@@ -91,6 +94,61 @@ def test_linear(hopper: FakeHopperDriver, num_rows: int, num_inputs: int) -> Non
     KERNELS.linear(x, weight)
     KERNELS.linear_silu_and_mul(x, weight)
     assert hopper.compiled
+
+
+def empty_weight(
+    num_outputs: int, num_inputs: int, bits: int, activations: Activations = "none"
+) -> QuantizedWeight:
+    group_size = 128 if activations == "none" else num_inputs
+    codes = torch.empty(num_outputs, num_inputs, dtype=torch.float8_e4m3fn if activations == "fp8" else torch.uint8)
+    scales = torch.empty(num_outputs, num_inputs // group_size)
+    return QuantizedWeight(codes, scales, scales.to(torch.uint8), bits, group_size, activations)
+
+
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
+@pytest.mark.parametrize("bits", BITS)
+def test_quantized_linear(hopper: FakeHopperDriver, bits: int, dtype: torch.dtype) -> None:
+    weight = KERNELS.pack_linear(empty_weight(512, 4096, bits))
+    residual, norm = torch.empty(600, 512, dtype=dtype), torch.empty(512, dtype=dtype)
+    for num_rows in (1, 40, 300):
+        x = torch.empty(num_rows, 4096, dtype=dtype)
+        KERNELS.linear(x, weight)
+        KERNELS.linear_silu_and_mul(x, weight)
+        KERNELS.linear_add_rms_norm(x, weight, None, residual[:num_rows], norm, 1e-5)
+    KERNELS.linear(torch.empty(600, 4096, dtype=dtype), weight)
+    expected = {"_quantized_matmul_kernel", "_sum_parts_kernel", "_silu_and_mul_kernel", "_rms_norm_kernel",
+                "_unpack_weight_kernel"}  # fmt: skip
+    assert {name for name, _, _ in hopper.compiled} == expected | (
+        {"_quantized_vector_kernel"} if bits in (4, 8) else set()
+    )
+
+
+def test_words_of_few_rows_go_straight_to_the_matrix_instruction(hopper: FakeHopperDriver, tmp_path: Path) -> None:
+    """Loads of 16 bytes, and shared memory for nothing but the warps' sums."""
+    KERNELS.linear(torch.empty(1, 4096, dtype=torch.bfloat16), KERNELS.pack_linear(empty_weight(512, 4096, 4)))
+    [(name, _, shared)] = hopper.compiled
+    assert shared <= 4 * 16 * 8 * 4
+    cubin = tmp_path / "kernel.cubin"
+    cubin.write_bytes(hopper.machine_code[name])
+    tool = Path(triton.backends.nvidia.__file__).parent / "bin" / "nvdisasm"
+    code = subprocess.run([tool, "-c", cubin], capture_output=True, text=True, check=True).stdout
+    # 16 blocks of 256 inputs over 4 warps, 16 outputs: two loads of 16 bytes a block and row half.
+    assert code.count("LDG.E.EF.128") == 4 * 4
+    assert code.count("HMMA.16816") == 4 * 16
+
+
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
+@pytest.mark.parametrize("activations", ["int8", "fp8"])
+def test_scaled_linear(hopper: FakeHopperDriver, activations: Activations, dtype: torch.dtype) -> None:
+    weight = KERNELS.pack_linear(empty_weight(512, 4096, 8, activations))
+    for num_rows in (1, 40):
+        KERNELS.linear(torch.empty(num_rows, 4096, dtype=dtype), weight)
+        KERNELS.linear_silu_and_mul(torch.empty(num_rows, 4096, dtype=dtype), weight)
+    rows = quantize_rows(torch.empty(300, 4096, dtype=dtype), weight.codes.dtype, pdl=True)
+    scaled_matmul(rows, weight, torch.empty(300, 512, dtype=dtype), pdl=True)
+    assert {name for name, _, _ in hopper.compiled} == {
+        "_quantized_vector_kernel", "_quantize_rows_kernel", "_scaled_matmul_kernel", "_silu_and_mul_kernel"
+    }  # fmt: skip
 
 
 @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16, torch.float32])

@@ -78,6 +78,26 @@ def test_scales_alone_change_nothing(family):
     )
 
 
+@pytest.mark.parametrize("method", ["awq", "smoothquant"])
+@pytest.mark.parametrize("family", ["llama", "llama-biases", "qwen2"])
+def test_everything_that_scales_change_is_handed_on(family, method, monkeypatch):
+    """However short-lived a tensor was, and wherever the memory of the next one lies."""
+    monkeypatch.setattr("trident_llm.quantization.walk.id", lambda tensor: 0, raising=False)
+    model = tiny_model(family)
+    names = set(dict(model.walk(token_samples(), method=method).parameters()))
+    expected = {"lm_head.weight"}
+    for index in range(model.config.num_hidden_layers):
+        prefix = f"model.layers.{index}."
+        expected |= {f"{prefix}{norm}_layernorm.weight" for norm in ("input", "post_attention")}
+        for module in ("self_attn.qkv_proj", "self_attn.o_proj", "mlp.gate_up_proj", "mlp.down_proj"):
+            expected |= {f"{prefix}{module}.weight", f"{prefix}{module}.input_scales"}
+        for module in ("self_attn.qkv_proj", "mlp.gate_up_proj"):
+            expected.add(f"{prefix}{module}.output_scales")
+            if f"{prefix}{module.replace('qkv', 'q').replace('gate_up', 'gate')}.bias" in model.reader.shapes:
+                expected.add(f"{prefix}{module}.bias")
+    assert names == expected
+
+
 def test_a_layer_is_calibrated_on_what_the_quantized_layers_before_it_make():
     model, tokens = tiny_model(), token_samples(16)
     parameters = dict(model.walk(tokens, method="gptq").parameters())

@@ -1,4 +1,4 @@
-"""The classifier of an X-LoRA mix: from the base model's last hidden states to the adapters' scalings in each module."""
+"""The classifier of an X-LoRA mix: from the base model's last hidden states to the scalings of adapters by module."""
 
 from __future__ import annotations
 

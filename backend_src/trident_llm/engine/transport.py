@@ -6,6 +6,7 @@ One message per door and step. Knows nothing of scheduling; it never waits for a
 from __future__ import annotations
 
 import logging
+import os
 import time
 from collections import deque
 from dataclasses import dataclass, field
@@ -77,6 +78,8 @@ class DoorSocket:
         self._socket.setsockopt(zmq.SNDHWM, SEND_HIGH_WATER_MARK)
         self._socket.setsockopt(zmq.RCVHWM, 0)
         self._socket.setsockopt(zmq.LINGER, 0)
+        # The folder keeps other users out; so does the socket, should the folder's mode be changed.
+        self._socket.setsockopt(zmq.IPC_FILTER_UID, os.getuid())
         self._socket.bind(address)
         self._decoder = msgspec.msgpack.Decoder(ToEngine)
         self._encoder = msgspec.msgpack.Encoder()
@@ -98,7 +101,7 @@ class DoorSocket:
                 return received
             try:
                 received.append(Received(frames[0], self._decoder.decode(frames[-1])))
-            except msgspec.DecodeError as error:
+            except (msgspec.DecodeError, UnicodeDecodeError, RecursionError) as error:
                 logger.warning("dropped a malformed message of door %r: %s", frames[0], error)
 
     def post(self, door: bytes, message: Welcome | CommandReply) -> None:

@@ -28,7 +28,7 @@ from ..kernels.quantized_weight import QuantizedWeight
 from .installation import Parameter
 from .packing import pack, unpack
 
-_FORMAT = 1
+_FORMAT = 2
 """Raised whenever files, or what a method computes, change."""
 _MANIFEST = "manifest.json"
 _FILE_BYTES = 256 << 20

@@ -122,7 +122,7 @@ class Walk:
         """Quantize a layer. calibration, held_out: [N, length, H], its inputs, become its outputs."""
         layer = read_layer(self._reader, self._config, index)
         schemes = dict(zip(LAYER_MODULES, self._schemes(index), strict=True))
-        original = set(map(id, layer.parameters().values()))
+        original = layer.parameters()
         gathering = Calibration(layer, schemes, 0 if calibration is None else calibration[..., 0].numel())
         if calibration is not None:
             gathering.run(self._forward, layer, calibration, self._batch)
@@ -135,9 +135,9 @@ class Walk:
                     batch.copy_(self._forward(layer, batch, product))
 
     def _changed(
-        self, index: int, layer: FloatLayer, quantized: QuantizedLayer, original: set[int]
+        self, index: int, layer: FloatLayer, quantized: QuantizedLayer, original: dict[str, Tensor]
     ) -> Iterator[tuple[str, Parameter]]:
-        """original: ids of the tensors that the layer had at first."""
+        """original: the parameters that the layer had at first."""
         modules = dict(zip(LAYER_MODULES, modules_of_layer(self._config, index), strict=True))
         for key, module in modules.items():
             if key in quantized.weights:
@@ -151,7 +151,7 @@ class Walk:
                 yield f"{module.name}.output_scales", quantized.output_scales[key]
         for name, tensor in layer.parameters().items():
             owner, _, kind = name.rpartition(".")
-            if id(tensor) not in original and not (kind == "weight" and owner in quantized.weights):
+            if tensor is not original[name] and not (kind == "weight" and owner in quantized.weights):
                 yield f"{modules[owner].name if owner in modules else owner}.{kind}", tensor.to(self._embedding.dtype)
 
     def _report(self, index: int, seconds_left: float) -> None:

@@ -26,7 +26,8 @@ def error_response(error: Exception) -> Any:
     """A response that carries ``error``; one that is not of this project becomes ``EngineFailed`` and is logged."""
     if not isinstance(error, TridentError):
         logger.error("a request failed", exc_info=error)
-        error = EngineFailed(f"unexpected {type(error).__name__}: {error}")
+        # Its own text may name files of this machine.
+        error = EngineFailed(f"unexpected {type(error).__name__}; the server's log says more")
     code = getattr(pb_utils.TritonError, error.code, pb_utils.TritonError.INTERNAL)
     return pb_utils.InferenceResponse(error=pb_utils.TritonError(str(error), code))
 
