@@ -1,5 +1,5 @@
-"""Four times more requests than a real Triton server can take: how long accepted ones take beside those at capacity, and
-how quickly the others are refused; results to load_tests/results/overload.jsonl.
+"""Four times more requests than a real Triton server can take: how long accepted ones take beside those at capacity,
+and how quickly the others are refused; results to load_tests/results/overload.jsonl.
 
     python load_tests/bench_overload.py
 
@@ -20,7 +20,6 @@ from collections.abc import Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 
-from client_pool import BenchFailed
 from results_file import RESULTS, ResultsFile
 from served_model import ROOT, ServedModel, environment_of_checkout
 
@@ -100,7 +99,8 @@ def main() -> int:
     for number in (signal.SIGTERM, signal.SIGHUP):
         signal.signal(number, _end)
     launch = ["--model", str(TINY), "--doors=2", *(f"--set={key}={value}" for key, value in SETTINGS.items())]
-    with tempfile.TemporaryDirectory() as folder, ServedModel(launch, environment_of_checkout(), Path(folder)) as server:
+    environment = environment_of_checkout()
+    with tempfile.TemporaryDirectory() as folder, ServedModel(launch, environment, Path(folder)) as server:
         server.wait(args.start_timeout)
         capacity, overload = asyncio.run(measure(server.address, args))
     errors = [*capacity.errors, *overload.errors]

@@ -15,11 +15,11 @@ from tests.fakes.tiny_models import write_tiny_llama
 from tests.live.serving import serving
 from trident_client import BadRequest, Completion, NotFound, TridentClient
 from trident_client.cli import main
+from trident_llm.text import Tokenizer
 
 pytestmark = pytest.mark.live
 
 PROMPT = "Hello"
-IDS = [1, *PROMPT.encode()]
 
 
 @dataclass(frozen=True)
@@ -39,8 +39,9 @@ def served(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Served]:
     base = AutoModelForCausalLM.from_pretrained(folder, dtype=torch.float32).eval()
     oracles = {name: write_adapter(base, root / name, seed=seed) for seed, name in enumerate("ab")}
     mix = write_mix(base, root / "mix", {"one": {"r": 2}, "two": {"r": 3}}, layerwise_scalings=True)
-    expected = {name: greedy(model, IDS, 8) for name, model in {"base": base, **oracles}.items()}
-    expected["mix"] = greedy_without_cache(mix, IDS, 8)
+    prompt_ids = Tokenizer(folder).encode(PROMPT, add_special_tokens=True)
+    expected = {name: greedy(model, prompt_ids, 8) for name, model in {"base": base, **oracles}.items()}
+    expected["mix"] = greedy_without_cache(mix, prompt_ids, 8)
     settings = {
         "device": "cpu", "dtype": "fp32", "num_threads": 1, "max_num_blocks": 256, "max_lora_rank": 8,
         "adapters": f"a={root / 'a'}", "xlora": root / "mix", "adapter_root": root,
