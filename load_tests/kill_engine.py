@@ -60,6 +60,9 @@ class Outcome:
     restart_seconds: list[float] = field(default_factory=list)
     """From each kill until the engine was ready again."""
 
+    def summary(self) -> str:
+        return f"{self.num_requests} requests, {self.failed.total()} failed, {self.wrong.total()} wrong"
+
 
 class KillRun:
     """One server whose engine is killed ``num_kills`` times under one stream for each question."""
@@ -82,9 +85,9 @@ class KillRun:
         rng = random.Random(seed)
         for number in range(num_kills):
             await asyncio.sleep(rng.uniform(0, spread))
-            self.outcome.restart_seconds.append(await self._kill())
-            print(f"kill {number + 1}: ready after {self.outcome.restart_seconds[-1]:.1f} s, {self.outcome.num_requests} "
-                  f"requests, {self.outcome.failed.total()} failed, {self.outcome.wrong.total()} wrong", flush=True)  # fmt: skip
+            seconds = await self._kill()
+            self.outcome.restart_seconds.append(seconds)
+            print(f"kill {number + 1}: ready after {seconds:.1f} s, {self.outcome.summary()}", flush=True)
         ended.set()
         await streams
         return self.outcome

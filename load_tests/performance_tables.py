@@ -94,7 +94,10 @@ def quality_table(lines: Iterable[dict[str, Any]]) -> str:
     for device, model in dict.fromkeys((line["device"], line["model"]) for line in chosen):
         rows = [line for line in chosen if (line["device"], line["model"]) == (device, model)]
         values = {(line["variant"], line["workload"], line["metric"]): line["value"] for line in rows}
-        parts.append(f"{model} on {device}; {_origin(max(rows, key=lambda line: line['date']))}:\n")
+        newest = max(rows, key=lambda line: line["date"])
+        tokens = newest["settings"]["tokens"]
+        part = "all of both texts" if tokens == "all" else f"about {tokens:,} tokens of each text"
+        parts.append(f"{model} on {device}, {part}; {_origin(newest)}:\n")
         parts.append(f"| variant | {' | '.join(_QUALITY_COLUMNS)} |\n|{'---|' * (len(_QUALITY_COLUMNS) + 1)}")
         for variant in dict.fromkeys(line["variant"] for line in rows):
             cells = [_number(values.get((variant, *source))) for source in _QUALITY_COLUMNS.values()]

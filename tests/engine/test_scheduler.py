@@ -153,3 +153,15 @@ def test_requests_that_waited_too_long_are_taken_out():
     assert scheduler.expire(60.0) == []
     waits.arrival_time -= 61
     assert len(scheduler.expire(60.0)) == 2 and scheduler.waiting == []
+
+
+def test_users_share_the_places_when_there_are_not_enough():
+    scheduler = make_scheduler(num_blocks=64, max_num_seqs=4)
+    flood = [make_sequence([number], max_tokens=20) for number in range(8)]
+    others = [make_sequence([20 + number], max_tokens=20) for number in range(2)]
+    for user, sequences in (("flood", flood), ("a", others[:1]), ("b", others[1:])):
+        for seq in sequences:
+            seq.user = user
+            scheduler.add(seq)
+    scheduler.schedule()
+    assert set(scheduler.running) == {*flood[:2], *others}

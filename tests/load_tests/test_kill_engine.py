@@ -20,9 +20,9 @@ ROOT = Path(__file__).parents[2]
 def test_killed_three_times_nothing_is_lost(tmp_path_factory: pytest.TempPathFactory) -> None:
     folder = tmp_path_factory.mktemp("k")
     out = folder / "kill.jsonl"
-    command = [sys.executable, str(ROOT / "load_tests/kill_engine.py"), "--kills=3", "--streams=4", f"--out={out}"]
+    command = [sys.executable, str(ROOT / "load_tests/kill_engine.py"), "--kills=3", "--streams=2", f"--out={out}"]
     result = subprocess.run(
-        [*command, "--tokens=300", "--spread=0.5"],
+        [*command, "--tokens=150", "--spread=0.5"],
         env={**os.environ, "PYTHONPATH": os.pathsep.join(filter(None, sys.path)), RUN_VARIABLE: str(folder / "runs")},
         capture_output=True,
         text=True,
@@ -31,5 +31,5 @@ def test_killed_three_times_nothing_is_lost(tmp_path_factory: pytest.TempPathFac
     assert result.returncode == 0, result.stdout + result.stderr
     values = {line["metric"]: line["value"] for line in map(json.loads, out.read_text().splitlines())}
     assert (values["failed"], values["wrong_texts"], values["engine_restarts"]) == (0, 0, 3)
-    assert values["requests"] > 4 and 0 < values["restart_median_s"] <= values["restart_longest_s"]
+    assert values["requests"] > 2 and 0 < values["restart_median_s"] <= values["restart_longest_s"]
     assert not list((folder / "runs").iterdir())

@@ -1,6 +1,6 @@
 """docs/performance.md says what the results files say."""
 
-from load_tests.performance_tables import DOCUMENT, kernel_table, latest, read_results, render, table
+from load_tests.performance_tables import DOCUMENT, kernel_table, latest, quality_table, read_results, render, table
 
 LINE = {
     "benchmark": "bench_x", "device": "d", "model": "m", "variant": "bf16", "workload": "one_stream",
@@ -43,3 +43,15 @@ def test_a_table_may_be_of_one_device():
     lines = [{**LINE, "device": "NVIDIA H100"}, {**LINE, "device": "EPYC, 2 cores"}]
     text = render("<!-- table: bench_x on H100 -->\n<!-- end -->\n", lines)
     assert "m on NVIDIA H100" in text and "EPYC" not in text
+
+
+def test_quality_has_a_row_a_variant_with_its_memory():
+    line = {**LINE, "benchmark": "bench_quality", "variant": "awq-4", "workload": "both", "settings": {"tokens": "all"}}
+    values = {"average_bits": 4.375, "weights_mib": 141.4, "loss_percent": 16.0}
+    lines = [{**line, "metric": metric, "value": value} for metric, value in values.items()]
+    code = {**line, "workload": "code", "metric": "loss_percent", "value": 15.5}
+    text = quality_table([*lines, code, {**lines[0], "variant": "rtn-8", "value": 8.25}])
+    assert "m on d, all of both texts; 2026-11-23" in text
+    assert "| awq-4 | 4.38 | 141.4 |  | 16.00 |  | 15.50 |  |  |" in text
+    assert "| rtn-8 | 8.25 |  |" in text
+    assert "about 8,192 tokens of each text" in quality_table([{**lines[0], "settings": {"tokens": 8192}}])

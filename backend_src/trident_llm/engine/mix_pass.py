@@ -37,6 +37,8 @@ class _Part:
     """Its first row in the first pass."""
     num_scaled: int
     """Rows of the first pass: the tokens before its scalings are frozen."""
+    scaled_to: int
+    """The position after the last of those."""
     samples: bool
 
 
@@ -86,8 +88,12 @@ def plan_mixes(
             assert isinstance(use, MixUse)
             num_scaled = _companion_item(item).num_tokens
             parts.append(
-                _Part(item.seq, use, row, item.num_tokens, base_rows.get(companion, 0), num_scaled, bool(item.sampled))
-            )
+                _Part(
+                    seq=item.seq, use=use, token_row=row, num_tokens=item.num_tokens,
+                    base_row=base_rows.get(companion, 0), num_scaled=num_scaled, scaled_to=item.start + num_scaled,
+                    samples=bool(item.sampled),
+                )
+            )  # fmt: skip
         row += item.num_tokens
     step = _flatten_companions(scaled, block_size, paired, sampled_before) if scaled else None
     return MixPlan(step, tuple(parts))
@@ -167,45 +173,74 @@ class MixPass:
         for part in plan.parts:
             by_mix[part.use.mix].append(part)
         for mix, parts in by_mix.items():
-            scalings = self._scalings(mix, parts, hidden)
-            slots = send(_slots(mix), torch.int64, self._device)
-            first = 0
-            for part in parts:
-                found = None if scalings is None else scalings[first : first + part.num_scaled]
-                own = self._with_frozen(part, found)
-                first += part.num_scaled
-                rows = slice(part.token_row, part.token_row + part.num_tokens)
-                if part.samples and part.seq.wants_layer_scalings:
-                    means[part.seq] = mix.classifier.by_layer(own[-1])
-                elif part.samples and part.seq.wants_scalings:
-                    means[part.seq] = own[-1].mean(0, keepdim=True)
-                if own.shape[1] > 1:
-                    own = own.index_select(1, mix.classifier.module_rows)
-                weights[:, rows, slots] = own.transpose(0, 1) * part.use.factor
+            scaled = [part for part in parts if part.num_scaled]
+            if scaled and hidden is not None:
+                scalings = self._scalings(mix, scaled, hidden)
+                self._keep(scaled, scalings)
+                rows = [part.token_row + offset for part in scaled for offset in range(part.num_scaled)]
+                factors = [part.use.factor for part in scaled for _ in range(part.num_scaled)]
+                self._put(weights, mix, rows, factors, scalings)
+                means |= _means(mix, scaled, scalings)
+            frozen = [part for part in parts if part.num_scaled < part.num_tokens]
+            if frozen:
+                kept = torch.stack([self._frozen[part.seq] for part in frozen])
+                self._put_frozen(weights, mix, frozen, kept)
+                means |= _means(mix, [dataclasses.replace(part, num_scaled=1) for part in frozen], kept)
         return MixWeights(weights, means)
 
-    def _scalings(self, mix: Mix, parts: list[_Part], hidden: Tensor | None) -> Tensor | None:
+    def _scalings(self, mix: Mix, scaled: list[_Part], hidden: Tensor) -> Tensor:
         """[rows of the parts in the first pass, modules or 1, adapters]."""
-        scaled = [part for part in parts if part.num_scaled]
-        if not scaled or hidden is None:
-            return None
-        rows = torch.cat([hidden[part.base_row : part.base_row + part.num_scaled] for part in scaled])
+        rows = [part.base_row + offset for part in scaled for offset in range(part.num_scaled)]
         temperatures = [part.use.temperature for part in scaled for _ in range(part.num_scaled)]
         top_k = [part.use.top_k for part in scaled for _ in range(part.num_scaled)]
         return mix.classifier.scalings(
-            rows, send(temperatures, torch.float32, self._device), send(top_k, torch.int64, self._device)
+            hidden.index_select(0, send(rows, torch.int64, self._device)),
+            send(temperatures, torch.float32, self._device),
+            send(top_k, torch.int64, self._device),
         )
 
-    def _with_frozen(self, part: _Part, scaled: Tensor | None) -> Tensor:
-        """[tokens of the part, modules or 1, adapters]: found in this step, then those that stay."""
-        if part.seq.freeze_at is None:
-            assert scaled is not None
-            return scaled
-        if scaled is not None and part.num_scaled:
-            # Of the last token so far: in the end that before the first frozen one.
-            self._frozen[part.seq] = scaled[-1]
-        kept = self._frozen[part.seq].expand(part.num_tokens - part.num_scaled, *self._frozen[part.seq].shape)
-        return kept if scaled is None or not part.num_scaled else torch.cat([scaled, kept])
+    def _keep(self, scaled: list[_Part], scalings: Tensor) -> None:
+        """Remember the scalings of sequences whose next token is the first frozen one."""
+        end = 0
+        for part in scaled:
+            end += part.num_scaled
+            if part.scaled_to == part.seq.freeze_at:
+                self._frozen[part.seq] = scalings[end - 1].clone()
+
+    def _put_frozen(self, weights: Tensor, mix: Mix, frozen: list[_Part], kept: Tensor) -> None:
+        """kept: [parts, modules or 1, adapters]."""
+        rows: list[int] = []
+        owners: list[int] = []
+        factors: list[float] = []
+        for index, part in enumerate(frozen):
+            count = part.num_tokens - part.num_scaled
+            rows += range(part.token_row + part.num_scaled, part.token_row + part.num_tokens)
+            owners += [index] * count
+            factors += [part.use.factor] * count
+        self._put(weights, mix, rows, factors, kept.index_select(0, send(owners, torch.int64, self._device)))
+
+    def _put(self, weights: Tensor, mix: Mix, rows: list[int], factors: list[float], scalings: Tensor) -> None:
+        """Write scalings [rows, modules or 1, adapters] times their factors to ``weights`` [M, T, S]."""
+        if scalings.shape[1] > 1:
+            scalings = scalings.index_select(1, mix.classifier.module_rows)
+        scalings = scalings * send(factors, torch.float32, self._device)[:, None, None]
+        own_rows, slots = (send(values, torch.int64, self._device) for values in (rows, _slots(mix)))
+        weights[:, own_rows[:, None], slots[None, :]] = scalings.transpose(0, 1)
+
+
+def _means(mix: Mix, parts: list[_Part], scalings: Tensor) -> dict[Sequence, Tensor]:
+    """See ``MixWeights``; ``scalings``: of the parts' tokens, one after another."""
+    means, end = {}, 0
+    for part in parts:
+        end += part.num_scaled
+        # A part whose last token is frozen has its scalings among the frozen ones.
+        if not part.samples:
+            continue
+        if part.seq.wants_layer_scalings:
+            means[part.seq] = mix.classifier.by_layer(scalings[end - 1])
+        elif part.seq.wants_scalings:
+            means[part.seq] = scalings[end - 1].mean(0, keepdim=True)
+    return means
 
 
 def _slots(mix: Mix) -> list[int]:

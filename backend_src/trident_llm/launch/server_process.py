@@ -25,9 +25,6 @@ from .server_log import ServerLog, load_failure
 STOP_SECONDS = 1.8
 """How long the server may take to end after ``drain_timeout`` before it is killed."""
 
-UNLOAD_SECONDS = 1
-"""How much of that it may spend on its models, whatever still runs."""
-
 DEFAULT_DRAIN_TIMEOUT = 2.0
 """Where there is no engine that says it."""
 
@@ -47,7 +44,7 @@ def server_command(
         "--log-verbose=0",
         "--allow-metrics=true",
         "--metrics-interval-ms=1000",
-        f"--exit-timeout-secs={math.ceil(drain_timeout) + UNLOAD_SECONDS}",
+        f"--exit-timeout-secs={math.ceil(drain_timeout)}",
         f"--backend-config=python,shm-region-prefix-name={run.shared_memory_prefix}",
     ]
     if options.only:
