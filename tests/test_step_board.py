@@ -57,6 +57,29 @@ def test_time_and_places(tmp_path: Path):
     assert (look(path).busy_seconds, look(path).num_places, read_num_places(path)) == (0, -3, -3)
 
 
+def test_a_reader_never_sees_half_a_number(tmp_path: Path):
+    path = tmp_path / "board"
+    code = f"""
+from pathlib import Path
+from trident_llm.step_board import StepBoard
+board = StepBoard(Path({str(path)!r}), 4)
+board.set_places(5)
+print("ready", flush=True)
+while True:
+    board.busy()
+    board.set_places(5)
+    board.idle()
+"""
+    environment = {"PYTHONPATH": os.pathsep.join(sys.path)}
+    writer = subprocess.Popen([sys.executable, "-c", code], env=environment, stdout=subprocess.PIPE)
+    try:
+        assert writer.stdout is not None and writer.stdout.readline()
+        assert {read_num_places(path) for _ in range(50_000)} == {5}
+    finally:
+        writer.kill()
+        writer.communicate()
+
+
 def test_more_ids_than_there_is_room_for_are_cut(tmp_path: Path):
     board = StepBoard(tmp_path / "board", 1)
     board.begin(f"{number:060}" for number in range(3))

@@ -15,8 +15,9 @@ from collections.abc import Iterable, Iterator
 from dataclasses import dataclass
 from pathlib import Path
 
-_HEADER = struct.Struct("<QQQq")
+_HEADER = struct.Struct("=qqqq")
 """Process id, completed steps, since when it is busy in monotonic nanoseconds (0: it is not), free places."""
+_COMPLETED, _BUSY_SINCE, _PLACES = 1, 2, 3
 _SLOT = struct.Struct("<QI")
 """Number of the step, from 1 on, and bytes of its ids."""
 _NUM_STEPS = 2
@@ -58,11 +59,10 @@ class StepBoard:
             self._memory = mmap.mmap(descriptor, size)
         finally:
             os.close(descriptor)
+        # Readers do not wait: each number is written whole, which struct.pack_into would not do.
+        self._header = memoryview(self._memory)[: _HEADER.size].cast("q")
+        self._header[0] = os.getpid()
         self._num_begun = 0
-        self._num_completed = 0
-        self._busy_since = 0
-        self._num_places = 0
-        self._write_header()
 
     def begin(self, request_ids: Iterable[str]) -> None:
         """A step with these requests is about to be launched."""
@@ -71,8 +71,7 @@ class StepBoard:
 
     def complete(self) -> None:
         """The oldest step that has begun has ended."""
-        self._num_completed += 1
-        self._write_header()
+        self._header[_COMPLETED] += 1
 
     @contextlib.contextmanager
     def adding(self, request_id: str) -> Iterator[None]:
@@ -83,20 +82,18 @@ class StepBoard:
 
     def busy(self) -> None:
         """Something begins that should not take long."""
-        self._busy_since = time.monotonic_ns()
-        self._write_header()
+        self._header[_BUSY_SINCE] = time.monotonic_ns()
 
     def idle(self) -> None:
         """It has ended."""
-        self._busy_since = 0
-        self._write_header()
+        self._header[_BUSY_SINCE] = 0
 
     def set_places(self, num_places: int) -> None:
         """``num_places``: see ``BoardState``."""
-        self._num_places = num_places
-        self._write_header()
+        self._header[_PLACES] = num_places
 
     def close(self) -> None:
+        self._header.release()
         self._memory.close()
 
     def _write_slot(self, slot: int, number: int, request_ids: Iterable[str]) -> None:
@@ -104,9 +101,6 @@ class StepBoard:
         offset = _HEADER.size + slot * self._slot_bytes
         self._memory[offset + _SLOT.size : offset + _SLOT.size + len(ids)] = ids
         _SLOT.pack_into(self._memory, offset, number, len(ids))
-
-    def _write_header(self) -> None:
-        _HEADER.pack_into(self._memory, 0, os.getpid(), self._num_completed, self._busy_since, self._num_places)
 
 
 def read_board(path: Path) -> BoardState | None:
@@ -142,4 +136,4 @@ def read_num_places(path: Path) -> int | None:
             header = file.read(_HEADER.size)
     except FileNotFoundError:
         return None
-    return int(_HEADER.unpack(header)[3]) if len(header) == _HEADER.size else None
+    return int(_HEADER.unpack(header)[_PLACES]) if len(header) == _HEADER.size else None

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import argparse
+import json
 from pathlib import Path
 
 import pytest
@@ -40,10 +41,22 @@ def test_a_trained_mix_is_served(
     for task in TASKS:
         train_xlora.train_adapter(adapted.base, ByteTokenizer(), task, options)
     train_xlora.train_classifier(adapted.base, ByteTokenizer(), options)
+    assert "60" not in train_xlora.model_card(options) and "license: apache-2.0" in train_xlora.model_card(options)
     config = EngineConfig(
         model=str(adapted.folder), dtype="fp32", device="cpu", max_num_blocks=64, xlora=str(options.out),
         max_lora_rank=4,
     )  # fmt: skip
+    monkeypatch.syspath_prepend(Path(train_xlora.__file__).parents[1] / "load_tests")
+    import bench_xlora_quality
+
+    args = argparse.Namespace(
+        mix=options.out, device="cpu", count=6, out=options.out / "quality.jsonl", name="tiny"
+    )
+    bench_xlora_quality.evaluate(adapted.base, ByteTokenizer(), args)
+    lines = [json.loads(line) for line in args.out.read_text().splitlines()]
+    assert len(lines) == 5 * 4 + 3 * 4
+    scalings = [line["value"] for line in lines if line["workload"] == "json" and line["metric"] != "loss"]
+    assert sum(scalings) == pytest.approx(1, abs=1e-3)
     with Engine(config) as engine:
         (output,) = engine.generate("Date: 3 May 1999\n", stream=False, max_tokens=5, return_scalings=True)
         assert output.scalings is not None and list(output.scalings) == list(TASKS)

@@ -38,7 +38,7 @@ from trident_llm.protocol import (
     TopLogprob,
     Welcome,
 )
-from trident_llm.step_board import StepBoard
+from trident_llm.step_board import StepBoard, read_board
 
 PROMPT = list(b"hello")
 encode = msgspec.msgpack.Encoder().encode
@@ -90,6 +90,7 @@ class RunningLoop:
     acquitted: list[Deaths]
     """What the probation wanted written down."""
     thread: threading.Thread
+    board_path: Path
 
     def door(self) -> RawDoor:
         socket = self.context.socket(zmq.DEALER)
@@ -116,7 +117,7 @@ def loop(tmp_path: Path, request: pytest.FixtureRequest) -> Iterator[RunningLoop
     engine = EngineLoop(core, config, socket, "epoch-1", board=board, probation=probation)
     thread = threading.Thread(target=engine.run)
     thread.start()
-    running = RunningLoop(address, core, context, acquitted, thread)
+    running = RunningLoop(address, core, context, acquitted, thread, tmp_path / "board")
     yield running
     if thread.is_alive():
         running.door().send(Shutdown())
@@ -167,6 +168,7 @@ def test_bad_request_gets_an_error_delta_and_unknown_abort_nothing(loop):
     assert isinstance(message, StepDeltas)
     assert message.deltas[0].finish_reason == "error"
     assert message.deltas[0].error.startswith("[INVALID_ARG] prompt")
+    wait_until(lambda: (state := read_board(loop.board_path)) is not None and not state.request_ids)
 
 
 def test_unknown_command_lists_the_known(loop):

@@ -155,12 +155,15 @@ class EngineLoop:
 
     def _add(self, door: bytes, submit: Submit) -> None:
         """Hand a registered request to the core."""
-        try:
-            with self._board.adding(submit.request_id):
+        refusal = None
+        with self._board.adding(submit.request_id):
+            try:
                 self._core.add(submit)
-        except TridentError as error:
+            except TridentError as error:
+                refusal = error
+        if refusal is not None:
             self._forget(submit.request_id, None)
-            self._refuse(door, submit, error)
+            self._refuse(door, submit, refusal)
 
     def _refuse(self, door: bytes, submit: Submit, error: TridentError) -> None:
         for sample in submit.samples:

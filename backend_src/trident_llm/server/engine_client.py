@@ -117,11 +117,14 @@ class EngineClient:
             if self._failure:
                 raise parse_error(self._failure)
             if not generation.was_submitted:
-                self._check_room(len(generation.samples))
+                self.check_room(len(generation.samples))
             self._send(self._live.add(generation, notify))
 
-    def _check_room(self, num_samples: int) -> None:
-        """Raise ``Overloaded`` for a new request that the engine would refuse, without waiting for its step to end."""
+    def check_room(self, num_samples: int = 1) -> None:
+        """Raise ``Overloaded`` for a new request that the engine would refuse, without waiting for its step to end.
+
+        Doors ask before they read a request, too: refusing must cost less than serving.
+        """
         if self.welcome is None or not self._connected.is_set():
             return
         places = read_num_places(self._run_directory.board_path)

@@ -148,6 +148,7 @@ class IterativeDoor:
             if sequence is None and not starts:
                 raise BadRequest("sequence_start: missing; leave the sequence fields out")
             if sequence is None:
+                self._client.check_room()
                 sequence = _Sequence(Delivery(self._reader.read(request)), time.monotonic())
             self._begin(correlation_id, sequence)
             return _Carried(correlation_id, sequence, request, has_begun=True)

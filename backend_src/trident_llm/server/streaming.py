@@ -57,6 +57,7 @@ class StreamingDoor:
         for request in requests:
             sender = request.get_response_sender()
             try:
+                self._client.check_room()
                 self._begin(_Stream(Delivery(self._reader.read(request)), sender, checked_at=time.monotonic()))
             except Exception as error:
                 sender.send(error_response(error), flags=FINAL)
