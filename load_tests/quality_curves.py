@@ -23,6 +23,7 @@ from results_file import RESULTS
 DOCS = Path(__file__).parents[1] / "docs"
 BOTH = "both"
 """The workload of all texts together."""
+_LOSS_TICKS = (0, 0.5, 1, 2, 5, 10, 20, 50, 100)
 _COLORS = {"rtn": "tab:blue", "awq": "tab:orange", "gptq": "tab:green", "smoothquant": "tab:red"}
 
 
@@ -74,6 +75,8 @@ def _star(axes: Any, measured: Measured, name: str, color: str) -> None:
 
 def _finish(axes: Any, figure: Any, path: Path, title: str) -> None:
     axes.set_yscale("symlog", linthresh=1)
+    axes.set_yticks(_LOSS_TICKS, map(str, _LOSS_TICKS))
+    axes.set_ylim(bottom=min(0, axes.get_ylim()[0]))
     axes.set_ylabel("perplexity loss, %")
     axes.set_title(title)
     axes.grid(alpha=0.3)

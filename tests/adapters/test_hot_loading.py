@@ -67,10 +67,14 @@ def load(core: EngineCore, name: str, version: int, **arguments: Any) -> dict[st
     return wait(core, core.run_command("load_adapter", {"name": name, "path": f"v{version}", **arguments}))
 
 
-def folders(core: EngineCore) -> set[str]:
+def copies_of(core: EngineCore) -> Path:
+    """Where the engine keeps its copies of adapters."""
     assert core.adapters is not None
-    journal = core.adapters._journal
-    return {path.name for path in journal.folder_of(1).parent.iterdir() if path.is_dir()}
+    return core.adapters._journal.folder_of(1).parent
+
+
+def folders(core: EngineCore) -> set[str]:
+    return {path.name for path in copies_of(core).iterdir() if path.is_dir()}
 
 
 def test_a_running_request_keeps_its_generation_and_new_ones_get_the_new(core: EngineCore, versions: Versions) -> None:
@@ -114,7 +118,7 @@ def test_unloading_takes_the_name_at_once_and_the_files_with_the_last_user(
     assert folders(core) == {"1"}
     assert tokens + run(core, [])[running.request_id] == versions.expected[2][1]
     assert folders(core) == set()
-    assert wait(core, core.run_command("list_adapters", {})) == {"adapters": [], "slots": 3}
+    assert wait(core, core.run_command("list_adapters", {})) == {"adapters": [], "mixes": [], "slots": 3}
 
 
 def test_an_aborted_request_lets_go_of_its_adapter(core: EngineCore, versions: Versions) -> None:
@@ -198,8 +202,8 @@ def test_100_changes_beside_32_streams(core: EngineCore, versions: Versions) -> 
     changes.end()
     core.check_integrity()
     assert folders(core) == set()
-    held = [thing for thing in gc.get_objects() if type(thing) is Adapter and thing.weights is not None]
-    assert not held, "weights of adapters that are gone"
+    own = [thing for thing in gc.get_objects() if type(thing) is Adapter and thing.folder.parent == copies_of(core)]
+    assert not [adapter for adapter in own if adapter.weights is not None], "weights of adapters that are gone"
 
 
 def new_stream(choose: random.Random, current: dict[str, int], versions: Versions) -> Stream:

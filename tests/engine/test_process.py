@@ -18,9 +18,11 @@ from tests.fakes.engine_runs import wait_until
 from tests.fakes.fake_engine import FakeEngineCore, next_token
 from trident_llm.config import EngineConfig
 from trident_llm.deaths import Deaths
+from trident_llm.engine import process
 from trident_llm.engine.loop import EngineLoop
 from trident_llm.engine.probation import TRIAL_TOKENS, Probation
 from trident_llm.engine.transport import DoorSocket
+from trident_llm.errors import LoadFailed
 from trident_llm.protocol import (
     Abort,
     Command,
@@ -305,3 +307,18 @@ def test_the_socket_takes_this_user_alone(monkeypatch: pytest.MonkeyPatch):
             assert bool(socket.receive(300)) == is_served
             door.close(linger=0)
             socket.close()
+
+
+@pytest.mark.parametrize("logprobs", [[], [float("nan")], [-1.0, -1.0]])
+def test_an_engine_that_does_not_generate_a_token_is_not_ready(monkeypatch: pytest.MonkeyPatch, logprobs: list[float]):
+    core = FakeEngineCore(EngineConfig(model="fake"), step_time=0.0)
+    assert process._prove(core)["output_tokens_total"] == 1
+    rows = [TokenLogprobs(token_id=1, logprob=logprob, rank=1, top=[]) for logprob in logprobs]
+
+    def step() -> list[Delta]:
+        core.abort("readiness")
+        return [Delta(request_id="readiness", sample_index=0, offset=0, token_ids=[1], logprobs=rows)]
+
+    monkeypatch.setattr(core, "step", step)
+    with pytest.raises(LoadFailed, match="test generation"):
+        process._prove(core)

@@ -47,6 +47,20 @@ def test_a_request_under_way_does_not_delay_the_end(launch: Launch) -> None:
     connection.close()
 
 
+def test_a_hangup_that_is_ignored_from_the_start_ends_nothing(tmp_path: Path) -> None:
+    """As by nohup, so that it goes on when the terminal is gone."""
+    command = ["nohup", sys.executable, "-m", "trident_llm.launch", f"--model-repository={ECHO_REPOSITORY}"]
+    launch = Launch(tmp_path, command)
+    try:
+        launch.endpoint().close()
+        launch.process.send_signal(signal.SIGHUP)
+        time.sleep(1.0)
+        assert launch.ask("hello").strip() == "hello"
+        assert launch.end(signal.SIGTERM) < END_SECONDS
+    finally:
+        launch.close()
+
+
 def test_nothing_outlives_a_killed_launcher(launch: Launch) -> None:
     launch.endpoint().close()
     launch.end(signal.SIGKILL)

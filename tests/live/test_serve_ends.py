@@ -56,7 +56,7 @@ def test_a_model_that_cannot_be_loaded_ends_the_start(
         ("tensor_parallel_size=2", "[INVALID_ARG] tensor_parallel_size: not available yet; leave it at its default"),
         ("isq_method=hqq", "[INVALID_ARG] isq_method: 'hqq' is not one of rtn, awq, gptq, smoothquant, fp8, none"),
         ("max_num_seqs=100000", "[INVALID_ARG] max_num_seqs: 100000 is not an integer from 1 to 65536"),
-        ("max_queue_size=5000", "[INVALID_ARG] instance_group count * max_batch_size: 4 * 256 = 1024 is less than"),
+        ("max_queue_size=5000", "[INVALID_ARG] instance_group count * max_batch_size: 4 * 288 = 1152 is less than"),
     ],
 )
 def test_a_wrong_setting_ends_the_start(tmp_path: Path, setting: str, words: str) -> None:

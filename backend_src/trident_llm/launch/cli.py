@@ -38,7 +38,9 @@ def main(arguments: Sequence[str] | None = None) -> int:
     except TridentError as error:
         return _fail(error, 2)
     for number in _SIGNALS:
-        signal.signal(number, _stop)
+        # nohup has a hangup ignored, and wants that to stay.
+        if number != signal.SIGHUP or signal.getsignal(number) != signal.SIG_IGN:
+            signal.signal(number, _stop)
     try:
         _serve(options, ports)
     except TridentError as error:
