@@ -129,8 +129,8 @@ def main() -> int:
 def parse_arguments() -> argparse.Namespace:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--times", type=float, default=4.0, help="of the rate at capacity (default: 4)")
-    parser.add_argument("--seconds", type=float, default=20.0, help="of each phase (default: 20)")
-    parser.add_argument("--tokens", type=int, default=128, help="output tokens of each request (default: 128)")
+    parser.add_argument("--seconds", type=float, default=30.0, help="of each phase (default: 30)")
+    parser.add_argument("--tokens", type=int, default=512, help="output tokens of each request (default: 512)")
     parser.add_argument("--out", type=Path, default=RESULTS / "overload.jsonl")
     parser.add_argument("--start-timeout", type=float, default=300.0, metavar="SECONDS")
     return parser.parse_args()

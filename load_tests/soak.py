@@ -100,8 +100,10 @@ class Soak:
         self.samples.append(take_sample(self.server, (time.monotonic() - self._began) / 60))
 
     async def _watch_pool(self, ended: asyncio.Event) -> None:
-        while self.pool is not None and not ended.is_set():
-            self.pool.look(await self.load.client.stats())
+        while not ended.is_set():
+            stats = await self.load.client.stats()
+            if self.pool is not None:
+                self.pool.look(stats)
             with contextlib.suppress(TimeoutError):
                 await asyncio.wait_for(ended.wait(), 1.0)
 
@@ -109,12 +111,13 @@ class Soak:
         """Until the engine holds nothing, and clients' closed connections are gone."""
         deadline = time.monotonic() + QUIET_SECONDS
         await asyncio.sleep(SETTLE_SECONDS)
+        stats = await self.load.client.stats()
         while self.pool is not None:
-            stats = await self.load.client.stats()
             if time.monotonic() > deadline or not (stats["kv_blocks_used"] or stats["waiting_requests"]):
                 self.pool.look_when_quiet(stats)
                 return
             await asyncio.sleep(0.2)
+            stats = await self.load.client.stats()
 
 
 def main() -> int:

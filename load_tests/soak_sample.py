@@ -22,7 +22,7 @@ FLAT = 0.02
 ABOVE_ECHO = 0.01
 """How much more the server's memory may grow than with an echo model, as a share."""
 RSS = ("server", "doors", "engine")
-COUNTS = ("threads", "descriptors", "sockets", "shared_memory")
+COUNTS = ("server_threads", "threads", "descriptors", "sockets", "shared_memory")
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -34,7 +34,9 @@ class Sample:
     server: float
     doors: float
     engine: float
+    server_threads: int
     threads: int
+    """Of doors and engine."""
     descriptors: int
     sockets: int
     shared_memory: int
@@ -65,7 +67,8 @@ def take_sample(server: ServedModel, minutes: float) -> Sample:
     return Sample(
         minutes=minutes,
         **memory,
-        threads=sum(process.num_threads() for process in everything),
+        server_threads=sum(process.num_threads() for process in by_kind["server"]),
+        threads=sum(process.num_threads() for process in (*by_kind["doors"], *by_kind["engine"])),
         descriptors=sum(process.num_fds() for process in everything),
         sockets=sum(_num_sockets(process.pid) for process in everything),
         shared_memory=len(list(SHARED_MEMORY.glob(f"{_shared_memory_prefix(by_kind['server'][0])}*"))),
