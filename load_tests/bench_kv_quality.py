@@ -19,7 +19,7 @@ from dataclasses import dataclass
 from pathlib import Path
 
 import torch
-from engine_arguments import engine_settings
+from engine_arguments import add_settings, engine_settings
 from results_file import RESULTS, ResultsFile
 from teacher_forced import TeacherForced
 from torch import Tensor
@@ -66,7 +66,7 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--model", default=None, help="default: the bundled SmolLM2-135M")
     parser.add_argument("--name", default="smollm2-135m", help="the model's name in the results")
-    parser.add_argument("--set", action="append", default=[], metavar="KEY=VALUE", help="any engine setting")
+    add_settings(parser)
     parser.add_argument("--dtypes", default="auto,int8", help="values of kv_cache_dtype, auto first")
     parser.add_argument("--sequences", type=int, default=16)
     parser.add_argument("--length", type=int, default=2048, help="tokens of a sequence")

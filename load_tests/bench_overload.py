@@ -12,7 +12,6 @@ from __future__ import annotations
 import argparse
 import asyncio
 import random
-import signal
 import sys
 import tempfile
 import time
@@ -21,7 +20,7 @@ from dataclasses import dataclass, field
 from pathlib import Path
 
 from results_file import RESULTS, ResultsFile
-from served_model import ROOT, ServedModel, environment_of_checkout
+from served_model import ROOT, ServedModel, end_through_contexts, environment_of_checkout
 
 from trident_client import AsyncTridentClient, Overloaded, RetryPolicy, TridentError
 
@@ -96,8 +95,7 @@ def quantile(values: Sequence[float], share: float) -> float:
 
 def main() -> int:
     args = parse_arguments()
-    for number in (signal.SIGTERM, signal.SIGHUP):
-        signal.signal(number, _end)
+    end_through_contexts()
     launch = ["--model", str(TINY), "--doors=2", *(f"--set={key}={value}" for key, value in SETTINGS.items())]
     environment = environment_of_checkout()
     with tempfile.TemporaryDirectory() as folder, ServedModel(launch, environment, Path(folder)) as server:
@@ -134,10 +132,6 @@ def parse_arguments() -> argparse.Namespace:
     parser.add_argument("--out", type=Path, default=RESULTS / "overload.jsonl")
     parser.add_argument("--start-timeout", type=float, default=300.0, metavar="SECONDS")
     return parser.parse_args()
-
-
-def _end(number: int, _: object) -> None:
-    raise SystemExit(128 + number)
 
 
 if __name__ == "__main__":

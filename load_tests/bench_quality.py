@@ -27,7 +27,7 @@ from pathlib import Path
 
 import torch
 from divergence import Comparison, Reference, compare, perplexity, refer
-from engine_arguments import engine_settings
+from engine_arguments import add_settings, engine_settings
 from folded_model import unfolded_or_folded
 from quality_curves import BOTH, read_measured
 from quality_texts import KINDS, text_sequences
@@ -153,7 +153,7 @@ def _parse() -> argparse.Namespace:
     parser.add_argument("--tokens", type=int, default=0, help="about so many of each text; 0: all, 53,000 and 57,000")
     parser.add_argument("--length", type=int, default=2048, help="tokens of a sequence")
     parser.add_argument("--device", default="auto", help="the engine's setting")
-    parser.add_argument("--set", action="append", default=[], metavar="KEY=VALUE", help="any engine setting")
+    add_settings(parser)
     parser.add_argument("--resume", action="store_true", help="leave out what the results file has already")
     parser.add_argument("--work", type=Path, default=_WORK, help="folder for folded models")
     parser.add_argument("--out", type=Path, default=RESULTS / "quality.jsonl")

@@ -20,7 +20,7 @@ import time
 from pathlib import Path
 
 import torch
-from engine_arguments import engine_settings
+from engine_arguments import add_settings, engine_settings
 from results_file import RESULTS, ResultsFile
 
 from trident_llm import EngineConfig
@@ -68,7 +68,7 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--model", default=None, help="default: the bundled SmolLM2-135M")
     parser.add_argument("--name", default="smollm2-135m", help="the model's name in the results")
-    parser.add_argument("--set", action="append", default=[], metavar="KEY=VALUE", help="any engine setting")
+    add_settings(parser)
     parser.add_argument("--variants", default=",".join(VARIANTS), help=f"of {', '.join(VARIANTS)}")
     parser.add_argument("--out", type=Path, default=RESULTS / "quantize.jsonl")
     args = parser.parse_args()

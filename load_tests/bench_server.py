@@ -11,7 +11,6 @@ from __future__ import annotations
 import argparse
 import json
 import os
-import signal
 import sys
 import tempfile
 from collections.abc import Mapping
@@ -19,8 +18,9 @@ from pathlib import Path
 from typing import Any
 
 from client_pool import BenchFailed, ClientPool
+from engine_arguments import add_settings, engine_settings
 from results_file import RESULTS, ResultsFile, device_name
-from served_model import ServedModel, environment_of_checkout
+from served_model import ServedModel, end_through_contexts, environment_of_checkout
 from server_workloads import SERVER_WORKLOADS, ServerBench
 
 from trident_client import TridentError
@@ -31,8 +31,7 @@ Measured = dict[tuple[str, str], float]
 
 def main() -> int:
     args = parse_arguments()
-    for number in (signal.SIGTERM, signal.SIGHUP):
-        signal.signal(number, _end)
+    end_through_contexts()
     results = ResultsFile(
         path=args.out,
         benchmark="bench_server",
@@ -107,8 +106,7 @@ def parse_arguments() -> argparse.Namespace:
     parser.add_argument("--model", required=True)
     parser.add_argument("--name", required=True, help="the model's name in the results")
     parser.add_argument("--variant", default="bf16")
-    parser.add_argument("--set", action="append", default=[], type=_setting, metavar="KEY=VALUE",
-                        help="any engine setting")  # fmt: skip
+    add_settings(parser)
     parser.add_argument("--workloads", default=list(SERVER_WORKLOADS), type=_workloads, metavar="NAME,...",
                         help=f"of {', '.join(SERVER_WORKLOADS)}")  # fmt: skip
     parser.add_argument("--runs", type=_positive, default=3)
@@ -120,19 +118,12 @@ def parse_arguments() -> argparse.Namespace:
                         help="of bench_engine.py, to compare with")  # fmt: skip
     parser.add_argument("--start-timeout", type=float, default=300.0, metavar="SECONDS")
     args = parser.parse_args()
-    args.set = {"prefix_caching": "false", **dict(args.set)}
+    args.set = {"prefix_caching": "false", **engine_settings(args)}
     return args
 
 
 def default_clients() -> int:
     return max(1, min(8, len(os.sched_getaffinity(0)) // 2))
-
-
-def _setting(text: str) -> tuple[str, str]:
-    key, equals, value = text.partition("=")
-    if not equals or not key:
-        raise argparse.ArgumentTypeError(f"{text!r} is not of the form KEY=VALUE")
-    return key, value
 
 
 def _workloads(text: str) -> list[str]:
@@ -147,10 +138,6 @@ def _positive(text: str) -> int:
     if not text.isdecimal() or int(text) < 1:
         raise argparse.ArgumentTypeError(f"{text!r} is not an integer of at least 1")
     return int(text)
-
-
-def _end(number: int, _: object) -> None:
-    raise SystemExit(128 + number)
 
 
 if __name__ == "__main__":

@@ -70,11 +70,7 @@ class Linear:
 
     def error(self) -> float:
         """Relative error of what the last launch wrote; the reference is a float32 product."""
-        product = self.x.float() @ self.weights[-1].float().T
-        if self.silu:
-            gate, up = product.chunk(2, -1)
-            product = torch.nn.functional.silu(gate) * up
-        return _relative(self.out if self.out.dim() == 2 else self.out.sum(0), product)
+        return _product_error(self.out, self.x, self.weights[-1], silu=self.silu)
 
     def poison(self) -> None:
         self.out.fill_(float("nan"))
@@ -139,11 +135,7 @@ class QuantizedLinear:
         """As ``Linear.error``."""
         if self.out.shape == self.reference.shape:
             return _relative(self.out, self.reference.float())
-        product = self.x.float() @ self.reference.float().T
-        if self.silu:
-            gate, up = product.chunk(2, -1)
-            product = torch.nn.functional.silu(gate) * up
-        return _relative(self.out if self.out.dim() == 2 else self.out.sum(0), product)
+        return _product_error(self.out, self.x, self.reference, silu=self.silu)
 
     def poison(self) -> None:
         self.out.fill_(float("nan"))
@@ -244,6 +236,15 @@ def _release(problem: object) -> None:
     for name in [name for name, value in vars(problem).items() if isinstance(value, (list, Tensor))]:
         delattr(problem, name)
     torch.cuda.empty_cache()
+
+
+def _product_error(out: Tensor, x: Tensor, weight: Tensor, *, silu: bool) -> float:
+    """out: [T, out], or parts of it that add up."""
+    product = x.float() @ weight.float().T
+    if silu:
+        gate, up = product.chunk(2, -1)
+        product = torch.nn.functional.silu(gate) * up
+    return _relative(out if out.dim() == 2 else out.sum(0), product)
 
 
 def _relative(actual: Tensor, expected: Tensor) -> float:

@@ -23,8 +23,9 @@ from pathlib import Path
 from typing import Any
 
 from client_pool import BenchFailed
+from engine_arguments import add_settings, engine_settings
 from results_file import RESULTS, ResultsFile
-from served_model import ROOT, ServedModel, environment_of_checkout
+from served_model import ROOT, ServedModel, end_through_contexts, environment_of_checkout
 
 from trident_client import AsyncTridentClient, RetryPolicy, TridentError
 
@@ -141,8 +142,7 @@ async def measure(args: argparse.Namespace) -> tuple[Outcome, dict[str, Any]]:
 
 def main() -> int:
     args = parse_arguments()
-    for number in (signal.SIGTERM, signal.SIGHUP):
-        signal.signal(number, _end)
+    end_through_contexts()
     try:
         outcome, stats = asyncio.run(measure(args))
     except BenchFailed as error:
@@ -179,27 +179,15 @@ def parse_arguments() -> argparse.Namespace:
                         help="a kill comes 0 to this long after the engine is ready (default: 2)")  # fmt: skip
     parser.add_argument("--model", default=str(TINY), help="default: a tiny random one")
     parser.add_argument("--name", default="tiny-llama", help="the model's name in the results")
-    parser.add_argument("--set", action="append", default=[], type=_setting, metavar="KEY=VALUE",
-                        help="any engine setting")  # fmt: skip
+    add_settings(parser)
     parser.add_argument("--seed", type=int, default=0)
     parser.add_argument("--out", type=Path, default=RESULTS / "kill_engine.jsonl")
     parser.add_argument("--start-timeout", type=float, default=300.0, metavar="SECONDS")
     args = parser.parse_args()
     # In float32 a text does not depend on what else is in the batch.
     dummy = {"load_format": "dummy"} if args.model == str(TINY) else {}
-    args.set = {"dtype": "fp32", **dummy, **SETTINGS, **dict(args.set)}
+    args.set = {"dtype": "fp32", **dummy, **SETTINGS, **engine_settings(args)}
     return args
-
-
-def _setting(text: str) -> tuple[str, str]:
-    key, equals, value = text.partition("=")
-    if not equals or not key:
-        raise argparse.ArgumentTypeError(f"{text!r} is not of the form KEY=VALUE")
-    return key, value
-
-
-def _end(number: int, _: object) -> None:
-    raise SystemExit(128 + number)
 
 
 if __name__ == "__main__":

@@ -5,6 +5,7 @@ from __future__ import annotations
 import contextlib
 import os
 import re
+import signal
 import subprocess
 import sys
 import time
@@ -123,6 +124,16 @@ class ServedModel:
                 if kind := _kind(" ".join(process.cmdline())):
                     found[kind].append(process)
         return found
+
+
+def end_through_contexts() -> None:
+    """Let SIGTERM and SIGHUP end this program as an exception would, so that servers it started end too."""
+    for number in (signal.SIGTERM, signal.SIGHUP):
+        signal.signal(number, _end)
+
+
+def _end(number: int, _: object) -> None:
+    raise SystemExit(128 + number)
 
 
 def environment_of_checkout() -> dict[str, str]:

@@ -12,7 +12,6 @@ from __future__ import annotations
 import argparse
 import asyncio
 import contextlib
-import signal
 import sys
 import tempfile
 import time
@@ -24,8 +23,9 @@ from typing import Any
 
 import psutil
 from client_pool import BenchFailed
+from engine_arguments import add_settings, engine_settings
 from results_file import RESULTS, ResultsFile
-from served_model import ROOT, ServedModel, environment_of_checkout
+from served_model import ROOT, ServedModel, end_through_contexts, environment_of_checkout
 from soak_requests import Load
 from soak_sample import RSS, Check, Sample, count_checks, growth, memory_checks, table, take_sample
 
@@ -122,8 +122,7 @@ class Soak:
 
 def main() -> int:
     args = parse_arguments()
-    for number in (signal.SIGTERM, signal.SIGHUP):
-        signal.signal(number, _end)
+    end_through_contexts()
     try:
         trident, echo = asyncio.run(soak(args))
     except BenchFailed as error:
@@ -235,8 +234,7 @@ def parse_arguments() -> argparse.Namespace:
     parser.add_argument("--rate", type=float, default=6.0, help="requests a second to each server (default: 6)")
     parser.add_argument("--model", default=str(TINY), help="default: a tiny random one")
     parser.add_argument("--name", default="tiny-llama", help="the model's name in the results")
-    parser.add_argument("--set", action="append", default=[], type=_setting, metavar="KEY=VALUE",
-                        help="any engine setting")  # fmt: skip
+    add_settings(parser)
     parser.add_argument("--doors", type=int, default=2, help="instances of the model llm (default: 2)")
     parser.add_argument("--grpc-cancels", action="store_true",
                         help="cancel gRPC calls, too; the server must be 25.03 or later to survive that")  # fmt: skip
@@ -245,21 +243,10 @@ def parse_arguments() -> argparse.Namespace:
     parser.add_argument("--start-timeout", type=float, default=300.0, metavar="SECONDS")
     args = parser.parse_args()
     dummy = {"load_format": "dummy", "dtype": "fp32"} if args.model == str(TINY) else {}
-    args.set = {**dummy, **SETTINGS, **dict(args.set)}
+    args.set = {**dummy, **SETTINGS, **engine_settings(args)}
     if not args.warmup < args.minutes:
         parser.error(f"--warmup {args.warmup:g} is not less than --minutes {args.minutes:g}")
     return args
-
-
-def _setting(text: str) -> tuple[str, str]:
-    key, equals, value = text.partition("=")
-    if not equals or not key:
-        raise argparse.ArgumentTypeError(f"{text!r} is not of the form KEY=VALUE")
-    return key, value
-
-
-def _end(number: int, _: object) -> None:
-    raise SystemExit(128 + number)
 
 
 if __name__ == "__main__":

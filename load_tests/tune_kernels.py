@@ -134,7 +134,7 @@ def _quantized() -> Iterator[Candidate]:
             for (outputs, words, warps, stages), parts in itertools.product(tiles, splits):
                 for tile_rows in (64, 128, 256) if rows > 64 else (rows,):
                     if tile_rows <= rows and outputs * tile_rows <= 256 * 128:
-                        shape = QuantizedConfig(outputs, tile_rows, words, warps, stages, 0, parts)
+                        shape = QuantizedConfig(outputs, tile_rows, words, warps, stages, parts)
                         yield Candidate("quantized", problem, ("quantized", shape))
     for bits, name, rows in itertools.product((8, 5), LINEAR_SHAPES, (1, 64)):
         problem = QuantizedLinear(name, rows, bits=bits)

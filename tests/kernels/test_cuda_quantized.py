@@ -69,7 +69,7 @@ def test_quantized_matmul(dtype: torch.dtype, num_rows: int, size: tuple[int, in
     out = poisoned(num_rows, size[0], dtype=dtype)
     quantized_matmul(x, pack(weight), out, pdl=PDL, use_asm=ASM)
     assert_close(out, product(x, weight))
-    for config in (QuantizedConfig(64, 16, 64, 4, 2, 8), QuantizedConfig(128, 64, 32, 8, 3)):
+    for config in (QuantizedConfig(64, 16, 64, 4, 2), QuantizedConfig(128, 64, 32, 8, 3)):
         quantized_matmul(x, pack(weight), out, bias=bias, config=config, pdl=PDL, use_asm=ASM)
         assert_close(out, product(x, weight) + bias.double())
 
@@ -89,7 +89,7 @@ def test_parts_add_up(num_splits: int) -> None:
     weight, x = random_weight((64, 1024, 128), 4), random_tensor(5, 1024, dtype=torch.float16)
     bias = random_tensor(64, dtype=torch.float16, seed=2)
     parts, out = poisoned(num_splits, 5, 64, dtype=torch.float32), poisoned(5, 64, dtype=torch.float16)
-    config = QuantizedConfig(64, 16, 32, 4, 3, 4, num_splits)
+    config = QuantizedConfig(64, 16, 32, 4, 3, num_splits)
     quantized_matmul(x, pack(weight), parts, config=config, pdl=PDL, use_asm=ASM)
     sum_parts(parts, out, bias=bias, pdl=PDL)
     assert_close(out, product(x, weight) + bias.double())

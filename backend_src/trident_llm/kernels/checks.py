@@ -22,6 +22,19 @@ def check_shape(name: str, tensor: Tensor, shape: tuple[int, ...]) -> None:
         raise ValueError(f"{name} is {tuple(tensor.shape)}; expected {shape}")
 
 
+def check_product(out: Tensor, num_rows: int, *, num_splits: int, has_bias: bool, silu_and_mul: bool) -> None:
+    """Raise ValueError unless out fits a product of ``num_rows`` rows, and what is asked for goes together."""
+    if num_splits == 1:
+        check_shape("out", out, (num_rows, -1))
+    else:
+        check_shape("out", out, (num_splits, num_rows, -1))
+        check_dtype("out", out, (torch.float32,))
+    if has_bias and (silu_and_mul or num_splits > 1):
+        raise ValueError("a bias goes with neither silu_and_mul nor splits")
+    if silu_and_mul and num_splits > 1:
+        raise ValueError("silu_and_mul takes no splits")
+
+
 def check_last_contiguous(name: str, tensor: Tensor, dims: int = 1) -> None:
     """Raise ValueError unless the last ``dims`` dimensions lie in memory without gaps."""
     expected = 1

@@ -11,9 +11,9 @@ from torch import Tensor
 from triton.language.extra.cuda import gdc_launch_dependents, gdc_wait
 
 from .checks import FLOAT_DTYPES, check_dtype, check_last_contiguous
+from .layer_cache import SCALED_LIMITS
 from .packed_bytes import BLOCK
 
-_LIMITS = {torch.int8: 127.0, torch.float8_e4m3fn: 448.0}
 _SMALLEST = 1e-12
 
 
@@ -73,7 +73,7 @@ def quantize_rows(x: Tensor, dtype: torch.dtype, *, pdl: bool = False) -> Quanti
     )
     if num_rows:
         _quantize_rows_kernel[(num_rows,)](
-            x, rows.values, rows.scales, x.stride(0), _LIMITS[dtype], _SMALLEST,
+            x, rows.values, rows.scales, x.stride(0), SCALED_LIMITS[dtype], _SMALLEST,
             NUM_INPUTS=num_inputs, NUM_BLOCKS=num_blocks, PADDED_BLOCKS=triton.next_power_of_2(num_blocks),
             HALF=BLOCK // 2, PDL=pdl, num_warps=8 if num_inputs > 4096 else 4, **({"launch_pdl": True} if pdl else {}),
         )  # fmt: skip

@@ -9,13 +9,12 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 
-import torch
 import triton
 import triton.language as tl
 from torch import Tensor
 from triton.language.extra.cuda import gdc_launch_dependents, gdc_wait
 
-from .checks import HALF_DTYPES, check_dtype, check_last_contiguous, check_shape
+from .checks import HALF_DTYPES, check_dtype, check_last_contiguous, check_product
 from .packed_weight import PackedWeight
 from .unpack_codes import scales_of, unpack
 
@@ -37,8 +36,6 @@ class QuantizedConfig:
     """Words of each output loaded at once: at most a chunk."""
     num_warps: int
     num_stages: int
-    prefetch: int = 0
-    """Cache lines of its weights that a program brings into L2 while the previous kernel still runs; 0 for none."""
     num_splits: int = 1
     """Programs that share the columns of a weight row; each writes its own part of the sum."""
 
@@ -56,10 +53,10 @@ def default_config(
     if not may_split:
         return QuantizedConfig(256, min(tile_rows, 128), 32, 8, 3)
     if num_rows <= 64:
-        return QuantizedConfig(64, tile_rows, 32, 4, 3 if num_outputs > _FEW_OUTPUTS else 4, 0, 4)
+        return QuantizedConfig(64, tile_rows, 32, 4, 3 if num_outputs > _FEW_OUTPUTS else 4, 4)
     if num_outputs > _FEW_OUTPUTS:
-        return QuantizedConfig(128, 64, 32, 4, 3, 0, 4 if num_rows <= 128 else 2)
-    return QuantizedConfig(256, 128, 32, 8, 3, 0, 8 if num_rows <= 128 else 4)
+        return QuantizedConfig(128, 64, 32, 4, 3, 4 if num_rows <= 128 else 2)
+    return QuantizedConfig(256, 128, 32, 8, 3, 8 if num_rows <= 128 else 4)
 
 
 @triton.jit
@@ -129,7 +126,6 @@ def _quantized_matmul_kernel(
     TILE_OUTPUTS: tl.constexpr,
     TILE_ROWS: tl.constexpr,
     STAGES: tl.constexpr,
-    PREFETCH: tl.constexpr,
     NUM_SPLITS: tl.constexpr,
     SCALE_SUMS: tl.constexpr,
     WHOLE_TILES: tl.constexpr,
@@ -161,13 +157,6 @@ def _quantized_matmul_kernel(
         up_pointers = _word_pointers(low, outputs + num_outputs, stride_low, CHUNK, WORDS)
         up_high_pointers = _word_pointers(high, outputs + num_outputs, stride_high, CHUNK, WORDS)
     if PDL:
-        if PREFETCH > 0:
-            panel = (tl.program_id(0) * TILE_OUTPUTS // 64).to(tl.int64)
-            lines = tl.minimum(begin * BLOCK + tl.arange(0, PREFETCH) * 64, end * BLOCK - 1)
-            tl.inline_asm_elementwise(
-                "{ prefetch.global.L2 [$1]; mov.u32 $0, 0; }", "=r,l", [low + panel * stride_low + lines],
-                dtype=tl.int32, is_pure=False, pack=1,
-            )  # fmt: skip
         gdc_wait()
     x_mask = (rows < num_rows)[:, None]
     x_pointers = x + rows[:, None] * stride_x + tl.arange(0, WORDS)[None, :]
@@ -235,15 +224,9 @@ def quantized_matmul(
     check_dtype("x", x, HALF_DTYPES)
     if weight.shape != ((2 if silu_and_mul else 1) * num_outputs, num_inputs):
         raise ValueError(f"weight is {weight.shape}, x {tuple(x.shape)} and out {tuple(out.shape)}")
-    if config.num_splits == 1:
-        check_shape("out", out, (num_rows, num_outputs))
-    else:
-        check_shape("out", out, (config.num_splits, num_rows, num_outputs))
-        check_dtype("out", out, (torch.float32,))
-    if bias is not None and (silu_and_mul or config.num_splits > 1):
-        raise ValueError("a bias goes with neither silu_and_mul nor splits")
-    if silu_and_mul and config.num_splits > 1:
-        raise ValueError("silu_and_mul takes no splits")
+    check_product(
+        out, num_rows, num_splits=config.num_splits, has_bias=bias is not None, silu_and_mul=silu_and_mul
+    )
     for name, tensor in (("x", x), ("out", out)):
         check_last_contiguous(name, tensor)
     high = weight.low if weight.high is None else weight.high
@@ -256,7 +239,7 @@ def quantized_matmul(
         NUM_INPUTS=num_inputs, BITS=weight.bits, CHUNK=weight.chunk, WORDS=min(config.tile_words, weight.chunk),
         GROUP_SIZE=weight.group_size, TILE_OUTPUTS=config.tile_outputs, TILE_ROWS=config.tile_rows,
         STAGES=config.num_stages,
-        PREFETCH=config.prefetch, NUM_SPLITS=config.num_splits, SCALE_SUMS=sums <= _SCALED_SUMS,
+        NUM_SPLITS=config.num_splits, SCALE_SUMS=sums <= _SCALED_SUMS,
         WHOLE_TILES=num_outputs % config.tile_outputs == 0, HAS_BIAS=bias is not None, SILU=silu_and_mul, ASM=use_asm,
         PDL=pdl, num_warps=config.num_warps, **({"launch_pdl": True} if pdl else {}),
     )  # fmt: skip

@@ -63,6 +63,12 @@ class QuantizedWeight:
         return weight.to(dtype)
 
 
+def scaled_rows(codes: Tensor, scales: Tensor, activations: Activations) -> QuantizedWeight:
+    """A weight of 8-bit codes [out, in] for 8-bit activations: symmetric, with one of ``scales`` [out, 1] an output."""
+    zero_points = torch.full_like(scales, 128, dtype=torch.uint8)
+    return QuantizedWeight(codes, scales, zero_points, 8, codes.shape[1], activations)
+
+
 def stack(parts: list[QuantizedWeight]) -> QuantizedWeight:
     """Weights of equal format with the same inputs, one above another (q, k and v; gate and up)."""
     first = parts[0]

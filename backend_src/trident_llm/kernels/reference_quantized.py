@@ -14,6 +14,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
+from .layer_cache import SCALED_LIMITS
 from .nibble_panels import pack_panels
 from .quantized_weight import Activations, QuantizedWeight
 
@@ -21,7 +22,6 @@ _INT8_OPERATOR_ROWS = 20
 """Up to so many rows the 8-bit operator is faster than a multiplication with the weight in bf16."""
 _TILE_ELEMENTS = 1 << 20
 """Weights that are dequantized at once."""
-_LARGEST_FLOAT8 = 448.0
 _ONEDNN = torch.backends.mkldnn.is_available() and platform.machine() in ("x86_64", "AMD64")
 
 
@@ -81,7 +81,7 @@ def linear(x: Tensor, weight: PackedWeight) -> Tensor:
 def quantize_tokens(x: Tensor, kind: Activations) -> tuple[Tensor, Tensor]:
     """x [T, in] as whole numbers from -127 to 127, or as values of float8_e4m3fn, in float32, and a scale per token
     [T, 1]. Symmetric: the largest magnitude of a token becomes the limit."""
-    limit = 127.0 if kind == "int8" else _LARGEST_FLOAT8
+    limit = SCALED_LIMITS[torch.int8 if kind == "int8" else torch.float8_e4m3fn]
     x = x.float()
     scales = x.abs().amax(1, keepdim=True).clamp_min_(1e-12).div_(limit)
     codes = x / scales

@@ -8,13 +8,12 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 
-import torch
 import triton
 import triton.language as tl
 from torch import Tensor
 from triton.language.extra.cuda import gdc_launch_dependents, gdc_wait
 
-from .checks import HALF_DTYPES, check_dtype, check_last_contiguous, check_shape
+from .checks import HALF_DTYPES, check_dtype, check_last_contiguous, check_product, check_shape
 
 MAX_ROWS = 128
 _MIN_TILE_ROWS = 16
@@ -151,15 +150,9 @@ def skinny_matmul(
     check_dtype("x", x, HALF_DTYPES)
     check_dtype("weight", weight, (x.dtype,))
     check_shape("weight", weight, ((2 if silu_and_mul else 1) * num_outputs, num_inputs))
-    if config.num_splits == 1:
-        check_shape("out", out, (num_rows, num_outputs))
-    else:
-        check_shape("out", out, (config.num_splits, num_rows, num_outputs))
-        check_dtype("out", out, (torch.float32,))
-    if bias is not None and (silu_and_mul or config.num_splits > 1):
-        raise ValueError("a bias goes with neither silu_and_mul nor splits")
-    if silu_and_mul and config.num_splits > 1:
-        raise ValueError("silu_and_mul takes no splits")
+    check_product(
+        out, num_rows, num_splits=config.num_splits, has_bias=bias is not None, silu_and_mul=silu_and_mul
+    )
     for name, tensor in (("x", x), ("weight", weight), ("out", out)):
         check_last_contiguous(name, tensor)
     if not 1 <= num_rows <= MAX_ROWS:

@@ -24,22 +24,9 @@ from huggingface_hub.errors import (
 from huggingface_hub.utils import tqdm as hub_tqdm
 
 from ..errors import BadRequest, LoadFailed, NotFound, TridentError
-from .source import INDEX_FILE, PICKLED, SINGLE_FILE, pickled_weights, read_index
+from .source import INDEX_FILE, PICKLED, SINGLE_FILE, TOKENIZER_FILES, pickled_weights, read_index
 
-_SMALL_FILES = (
-    "config.json",
-    "generation_config.json",
-    INDEX_FILE,
-    "tokenizer.json",
-    "tokenizer.model",
-    "tokenizer_config.json",
-    "special_tokens_map.json",
-    "added_tokens.json",
-    "vocab.json",
-    "merges.txt",
-    "chat_template.jinja",
-    "chat_template.json",
-)
+_SMALL_FILES = ("config.json", "generation_config.json", INDEX_FILE, *TOKENIZER_FILES)
 _SECONDS_BETWEEN_REPORTS = 2.0
 
 

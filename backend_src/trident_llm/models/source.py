@@ -16,6 +16,18 @@ from ..errors import BadRequest, LoadFailed, NotFound
 INDEX_FILE = "model.safetensors.index.json"
 SINGLE_FILE = "model.safetensors"
 PICKLED = (".bin", ".pt", ".pth")
+TOKENIZER_FILES = (
+    "tokenizer.json",
+    "tokenizer.model",
+    "tokenizer_config.json",
+    "special_tokens_map.json",
+    "added_tokens.json",
+    "vocab.json",
+    "merges.txt",
+    "chat_template.jinja",
+    "chat_template.json",
+)
+"""Those that a model may have, its chat template's among them."""
 
 
 @dataclass(frozen=True, kw_only=True)

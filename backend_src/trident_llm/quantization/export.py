@@ -24,7 +24,7 @@ from ..models.config_reader import read_model_config
 from ..models.llama import LlamaDecoder
 from ..models.model_config import ModelConfig
 from ..models.quantized_layouts import pack_fields
-from ..models.source import INDEX_FILE, ModelSource, resolve_model
+from ..models.source import INDEX_FILE, TOKENIZER_FILES, ModelSource, resolve_model
 from ..models.tokenizer_files import prepare_tokenizer
 from ..models.weights import WeightReader, expected_shapes, open_weights
 from .cache import files_identity, open_cache
@@ -34,18 +34,7 @@ from .loading import Quantization, QuantizationReport
 from .modules import model_modules
 
 _SHARD_BYTES = 4 << 30
-_COPIED = (
-    "generation_config.json",
-    "tokenizer.json",
-    "tokenizer.model",
-    "tokenizer_config.json",
-    "special_tokens_map.json",
-    "added_tokens.json",
-    "vocab.json",
-    "merges.txt",
-    "chat_template.jinja",
-    "chat_template.json",
-)
+_COPIED = ("generation_config.json", *TOKENIZER_FILES)
 
 
 def quantize_to_folder(config: EngineConfig, folder: Path, progress: Callable[[str], None]) -> QuantizationReport:

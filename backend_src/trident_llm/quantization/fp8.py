@@ -8,9 +8,10 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
-from ..kernels.quantized_weight import QuantizedWeight
+from ..kernels.layer_cache import SCALED_LIMITS
+from ..kernels.quantized_weight import QuantizedWeight, scaled_rows
 
-_LIMIT = 448.0
+_LIMIT = SCALED_LIMITS[torch.float8_e4m3fn]
 """The largest e4m3 number; torch makes larger ones NaN."""
 _SMALLEST = 1e-12
 
@@ -24,14 +25,7 @@ def to_fp8_rows(values: Tensor) -> Tensor:
 def quantize(weight: Tensor) -> QuantizedWeight:
     """weight: [out, in]."""
     codes, scales = _encode(weight)
-    return QuantizedWeight(
-        codes=codes,
-        scales=scales,
-        zero_points=torch.full_like(scales, 128, dtype=torch.uint8),
-        bits=8,
-        group_size=weight.shape[1],
-        activations="fp8",
-    )
+    return scaled_rows(codes, scales, "fp8")
 
 
 def _encode(values: Tensor) -> tuple[Tensor, Tensor]:

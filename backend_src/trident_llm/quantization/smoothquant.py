@@ -11,11 +11,12 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
-from ..kernels.quantized_weight import QuantizedWeight
+from ..kernels.layer_cache import SCALED_LIMITS
+from ..kernels.quantized_weight import QuantizedWeight, scaled_rows
 from .statistics import InputStatistics
 
 _ALPHAS = tuple(step / 20 for step in range(5, 18))
-_LIMIT = 127.0
+_LIMIT = SCALED_LIMITS[torch.int8]
 _SMALLEST = 1e-12
 
 
@@ -52,11 +53,4 @@ def quantize(weight: Tensor) -> QuantizedWeight:
     """weight [out, in], already scaled: symmetric codes with a scale per output, for int8 activations."""
     scales = weight.float().abs().amax(-1, keepdim=True).clamp(min=_SMALLEST) / _LIMIT
     codes = (weight.float() / scales).round_().add_(128).to(torch.uint8)
-    return QuantizedWeight(
-        codes=codes,
-        scales=scales,
-        zero_points=torch.full_like(scales, 128, dtype=torch.uint8),
-        bits=8,
-        group_size=weight.shape[1],
-        activations="int8",
-    )
+    return scaled_rows(codes, scales, "int8")
