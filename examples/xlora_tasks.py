@@ -1,4 +1,8 @@
-"""Three small tasks with generated data, plainly different from each other: JSON records, SQL queries, ISO dates."""
+"""Three small tasks with generated data, plainly different from each other: JSON records, SQL queries, ISO dates.
+
+Each completion holds something that its prompt does not say (an id, a limit, a time of day), as real answers do: the
+best possible loss is not 0, and losses can be compared in percent.
+"""
 
 from __future__ import annotations
 
@@ -39,7 +43,8 @@ def json_record(choose: random.Random) -> Example:
             f"In {city} lives {name}, {age}, a {job}.",
         )
     )
-    return Example(f"Record: {sentence}\n", json.dumps({"name": name, "age": age, "job": job, "city": city}) + "\n")
+    record = {"id": f"{choose.randrange(16**4):04x}", "name": name, "age": age, "job": job, "city": city}
+    return Example(f"Record: {sentence}\n", json.dumps(record) + "\n")
 
 
 def sql_query(choose: random.Random) -> Example:
@@ -55,7 +60,9 @@ def sql_query(choose: random.Random) -> Example:
     order = choose.choice(("", f" ORDER BY {shown}"))
     if order:
         question += f" Sort by {shown}."
-    return Example(f"Question: {question}\n", f"SELECT {shown} FROM {table} WHERE {tested} {sign} {number}{order};\n")
+    limit = choose.randint(10, 99)
+    query = f"SELECT {shown} FROM {table} WHERE {tested} {sign} {number}{order} LIMIT {limit};"
+    return Example(f"Question: {question}\n", query + "\n")
 
 
 def iso_date(choose: random.Random) -> Example:
@@ -68,7 +75,8 @@ def iso_date(choose: random.Random) -> Example:
             f"{day} {MONTHS[month - 1]} {year}",
         )
     )
-    return Example(f"Date: {text}\n", f"{year}-{month:02}-{day:02}\n")
+    time = f"{choose.randrange(24):02}:{choose.randrange(60):02}"
+    return Example(f"Date: {text}\n", f"{year}-{month:02}-{day:02}T{time}\n")
 
 
 TASKS: dict[str, Callable[[random.Random], Example]] = {"json": json_record, "sql": sql_query, "dates": iso_date}

@@ -22,7 +22,7 @@ from workloads import Bench, random_prompt
 
 from trident_llm import EngineConfig
 from trident_llm.engine.engine import EngineCore
-from trident_llm.launch.repository import default_model
+from trident_llm.launch.default_model import default_model
 
 PROMPT_TOKENS, NEW_TOKENS, LONG_PROMPT = 61, 128, 500
 VARIANTS = {

@@ -26,7 +26,7 @@ from torch import Tensor
 
 from trident_llm import EngineConfig
 from trident_llm.engine.loading import load_model
-from trident_llm.launch.repository import default_model
+from trident_llm.launch.default_model import default_model
 from trident_llm.text import Tokenizer
 
 _CHUNK = 128

@@ -29,8 +29,8 @@ import torch
 from divergence import Comparison, Reference, compare, perplexity, refer
 from engine_arguments import add_settings, engine_settings
 from folded_model import unfolded_or_folded
-from quality_curves import BOTH, read_measured
-from quality_texts import KINDS, text_sequences
+from quality_results import BOTH, read_measured
+from quality_texts import KINDS, num_sequences, text_sequences
 from quality_variants import VARIANTS, chosen_variants
 from quality_verdict import AVERAGE_BITS, LOSS, is_valid, verdicts
 from results_file import RESULTS, ResultsFile, device_name
@@ -39,7 +39,7 @@ from torch import Tensor
 
 from trident_llm import EngineConfig
 from trident_llm.engine.loading import LoadedModel, load_model
-from trident_llm.launch.repository import default_model
+from trident_llm.launch.default_model import default_model
 from trident_llm.models.model_config import ModelConfig
 from trident_llm.quantization.modules import model_modules
 from trident_llm.text import Tokenizer
@@ -67,7 +67,7 @@ class Bench:
             return
         model = self._load({})
         tokenizer = Tokenizer(model.tokenizer_folder)
-        most = self.args.tokens and max(self.args.tokens // self.args.length, 1)
+        most = num_sequences(self.args.tokens, self.args.length)
         texts = {kind: text_sequences(tokenizer, kind, self.args.length, most) for kind in KINDS}
         with torch.inference_mode():
             references = {kind: refer(self._chunks(model, texts[kind]), model.decoder.head) for kind in KINDS}
@@ -147,7 +147,7 @@ def _with_both(by_kind: dict[str, Tensor]) -> dict[str, Tensor]:
 
 def _parse() -> argparse.Namespace:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--model", default=str(default_model()), help="default: the bundled SmolLM2-135M")
+    parser.add_argument("--model", default=None, help="default: the bundled SmolLM2-135M")
     parser.add_argument("--name", default="smollm2-135m", help="the model's name in the results")
     parser.add_argument("--variants", default="essential", help="essential, all, or names with commas between")
     parser.add_argument("--tokens", type=int, default=0, help="about so many of each text; 0: all, 53,000 and 57,000")
@@ -168,7 +168,7 @@ def _parse() -> argparse.Namespace:
 def main() -> int:
     args = _parse()
     settings = {"device": args.device, **engine_settings(args)}
-    Bench(args, unfolded_or_folded(args.model, args.work), settings).run(args.variants)
+    Bench(args, unfolded_or_folded(args.model or default_model(), args.work), settings).run(args.variants)
     measured = read_measured(args.out, args.name, device_name())
     if not is_valid(measured):
         print(f"INVALID  rtn-4 loses {measured['rtn-4'][LOSS]:.2f}%: these weights lie on a 4-bit grid already")

@@ -25,7 +25,7 @@ from results_file import RESULTS, ResultsFile
 
 from trident_llm import EngineConfig
 from trident_llm.engine.loading import LoadedModel, load_model
-from trident_llm.launch.repository import default_model
+from trident_llm.launch.default_model import default_model
 
 VARIANTS = {
     "rtn-4": {"isq_method": "rtn"},

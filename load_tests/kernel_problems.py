@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable
-from dataclasses import dataclass, replace
+from dataclasses import dataclass, fields, replace
 from typing import Any
 
 import torch
@@ -12,6 +12,7 @@ from torch import Tensor
 from trident_llm.kernels.decode_attention import allocate_workspace, decode_attention
 from trident_llm.kernels.layer_cache import LayerCache
 from trident_llm.kernels.matrix_vector import matrix_vector
+from trident_llm.kernels.packed_bytes import pack_bytes
 from trident_llm.kernels.packed_weight import pack
 from trident_llm.kernels.prefill_attention import prefill_attention
 from trident_llm.kernels.quantized_matmul import quantized_matmul
@@ -19,17 +20,19 @@ from trident_llm.kernels.quantized_vector import quantized_vector
 from trident_llm.kernels.quantized_weight import QuantizedWeight
 from trident_llm.kernels.skinny_matmul import skinny_matmul
 from trident_llm.kernels.unpack_weight import unpack_weight
+from trident_llm.quantization import fp8, smoothquant
 
 LINEAR_SHAPES = {
     "qkv": (6144, 4096), "o": (4096, 4096), "gate_up": (28672, 4096), "down": (4096, 14336), "head": (32000, 4096),
 }  # fmt: skip
-_COLD_BYTES = 600e6
+COLD_BYTES = 600e6
 """Operands of one timing together: ten times the L2 cache."""
 
+EIGHT_BITS: dict[str, Callable[[Tensor], QuantizedWeight]] = {"int8": smoothquant.quantize, "fp8": fp8.quantize}
 Launch = Callable[[], None]
 
 
-def _random(device: str, *shape: int, scale: float = 1.0, dtype: torch.dtype = torch.bfloat16) -> Tensor:
+def random_tensor(device: str, *shape: int, scale: float = 1.0, dtype: torch.dtype = torch.bfloat16) -> Tensor:
     if device == "cpu":
         return torch.empty(shape, dtype=dtype)
     return torch.randn(shape, dtype=dtype, device=device) * scale
@@ -47,12 +50,12 @@ class Linear:
         num_outputs, num_inputs = LINEAR_SHAPES[self.name]
         self.num_bytes = num_outputs * num_inputs * 2
         self.flops = 2 * self.rows * num_outputs * num_inputs
-        copies = 1 if device == "cpu" else max(4, int(_COLD_BYTES / self.num_bytes))
-        self.weights = [_random(device, num_outputs, num_inputs, scale=0.02) for _ in range(copies)]
-        self.x = _random(device, self.rows, num_inputs)
+        copies = 1 if device == "cpu" else max(4, int(COLD_BYTES / self.num_bytes))
+        self.weights = [random_tensor(device, num_outputs, num_inputs, scale=0.02) for _ in range(copies)]
+        self.x = random_tensor(device, self.rows, num_inputs)
 
     def release(self) -> None:
-        _release(self)
+        release(self)
 
     def launches(self, kind: str, config: Any, pdl: bool = True) -> list[Launch]:
         num_outputs = self.weights[0].shape[0] // (2 if self.silu else 1)
@@ -85,24 +88,30 @@ class QuantizedLinear:
     bits: int = 4
     group_size: int = 128
     silu: bool = False
+    activations: str = "none"
+    """As in QuantizedWeight; with others ``bits`` is 8."""
 
     def prepare(self, device: str) -> None:
         num_outputs, num_inputs = LINEAR_SHAPES[self.name]
         self.flops = 2 * self.rows * num_outputs * num_inputs
         num_bytes = num_outputs * num_inputs * self.bits / 8
-        copies = 1 if device == "cpu" else max(4, int(_COLD_BYTES / num_bytes))
+        copies = 1 if device == "cpu" else max(4, int(COLD_BYTES / num_bytes))
         weight = self._random_weight(device)
         self.reference = weight.dequantize(torch.bfloat16)
-        packed = pack(weight)
+        packed = pack(weight) if self.activations == "none" else pack_bytes(weight)
         self.num_bytes = packed.nbytes
+        tensors = {f.name: getattr(packed, f.name) for f in fields(packed)}
+        copied = [name for name, value in tensors.items() if isinstance(value, Tensor)]
         self.weights = [packed] + [
-            replace(packed, low=packed.low.clone(), scales_and_zeros=packed.scales_and_zeros.clone())
-            for _ in range(copies - 1)
+            replace(packed, **{name: tensors[name].clone() for name in copied}) for _ in range(copies - 1)
         ]
-        self.x = _random(device, self.rows, num_inputs)
+        self.x = random_tensor(device, self.rows, num_inputs)
 
     def _random_weight(self, device: str) -> QuantizedWeight:
         num_outputs, num_inputs = LINEAR_SHAPES[self.name]
+        if self.activations != "none":
+            values = random_tensor(device, num_outputs, num_inputs, scale=0.02).float()
+            return EIGHT_BITS[self.activations](values)
         levels = 2**self.bits
         groups = (num_outputs, num_inputs // self.group_size)
         codes = torch.randint(0, levels, (num_outputs, num_inputs), dtype=torch.uint8, device=device)
@@ -111,7 +120,7 @@ class QuantizedLinear:
         return QuantizedWeight(codes, scales, zeros.to(torch.uint8), self.bits, self.group_size)
 
     def release(self) -> None:
-        _release(self)
+        release(self)
 
     def launches(self, kind: str, config: Any, pdl: bool = True) -> list[Launch]:
         num_outputs = self.weights[0].shape[0] // (2 if self.silu else 1)
@@ -134,7 +143,7 @@ class QuantizedLinear:
     def error(self) -> float:
         """As ``Linear.error``."""
         if self.out.shape == self.reference.shape:
-            return _relative(self.out, self.reference.float())
+            return relative_error(self.out, self.reference.float())
         return _product_error(self.out, self.x, self.reference, silu=self.silu)
 
     def poison(self) -> None:
@@ -149,14 +158,14 @@ class _Paged:
 
     def _prepare_cache(self, device: str, num_seqs: int, context: int, heads: tuple[int, int], head_dim: int) -> None:
         blocks = -(-context // 16)
-        self.cache = _random(device, num_seqs * blocks, 16, 2, heads[1], head_dim)
+        self.cache = random_tensor(device, num_seqs * blocks, 16, 2, heads[1], head_dim)
         order = torch.randperm(num_seqs * blocks, device=device)
         self.tables = order.to(torch.int32).view(num_seqs, blocks)
         self.context_lens = torch.full((num_seqs,), context, dtype=torch.int32, device=device)
         self.seq_counts = torch.tensor([0, num_seqs], dtype=torch.int32, device=device)
 
     def release(self) -> None:
-        _release(self)
+        release(self)
 
     def _gathered(self, seq: int) -> Tensor:
         """[2, Hq, N, D] float32 K and V of one sequence, repeated for the query heads."""
@@ -177,11 +186,11 @@ class Decode(_Paged):
     def prepare(self, device: str) -> None:
         self._prepare_cache(device, self.num_seqs, self.context, self.heads, self.head_dim)
         self.seq_counts.fill_(self.num_seqs)
-        self.q = _random(device, self.num_seqs, self.heads[0], self.head_dim)
+        self.q = random_tensor(device, self.num_seqs, self.heads[0], self.head_dim)
         self.out = torch.empty_like(self.q)
         self.num_bytes = self.num_seqs * self.context * 2 * self.heads[1] * self.head_dim * 2
         # Short caches are repeated at other places, so that they are read from memory and not from L2.
-        copies = 1 if device == "cpu" else max(1, min(64, int(_COLD_BYTES / self.num_bytes)))
+        copies = 1 if device == "cpu" else max(1, min(64, int(COLD_BYTES / self.num_bytes)))
         self.caches = [self.cache] + [self.cache.clone() for _ in range(copies - 1)]
 
     def launches(self, config: Any, num_splits: int, pdl: bool = True) -> list[Launch]:
@@ -197,7 +206,7 @@ class Decode(_Paged):
     def error(self) -> float:
         k, v = self._gathered(self.num_seqs - 1)
         scores = torch.einsum("hd,hnd->hn", self.q[-1].float(), k) * self.head_dim**-0.5
-        return _relative(self.out[-1], torch.einsum("hn,hnd->hd", torch.softmax(scores, -1), v))
+        return relative_error(self.out[-1], torch.einsum("hn,hnd->hd", torch.softmax(scores, -1), v))
 
 
 @dataclass
@@ -210,7 +219,7 @@ class Prefill(_Paged):
 
     def prepare(self, device: str) -> None:
         self._prepare_cache(device, 1, self.tokens, self.heads, self.head_dim)
-        self.q = _random(device, self.tokens, self.heads[0], self.head_dim)
+        self.q = random_tensor(device, self.tokens, self.heads[0], self.head_dim)
         self.out = torch.empty_like(self.q)
         self.starts = torch.tensor([0, self.tokens], dtype=torch.int32, device=device)
         self.flops = 2 * self.tokens * self.tokens * self.heads[0] * self.head_dim
@@ -228,10 +237,10 @@ class Prefill(_Paged):
         scores = torch.einsum("mhd,hnd->hmn", self.q[-64:].float(), k) * self.head_dim**-0.5
         positions = torch.arange(self.tokens, device=scores.device)
         scores.masked_fill_(positions[None, :] > positions[-64:, None], float("-inf"))
-        return _relative(self.out[-64:], torch.einsum("hmn,hnd->mhd", torch.softmax(scores, -1), v))
+        return relative_error(self.out[-64:], torch.einsum("hmn,hnd->mhd", torch.softmax(scores, -1), v))
 
 
-def _release(problem: object) -> None:
+def release(problem: object) -> None:
     """Free the operands; a problem that is listed again is prepared again."""
     for name in [name for name, value in vars(problem).items() if isinstance(value, (list, Tensor))]:
         delattr(problem, name)
@@ -244,8 +253,8 @@ def _product_error(out: Tensor, x: Tensor, weight: Tensor, *, silu: bool) -> flo
     if silu:
         gate, up = product.chunk(2, -1)
         product = torch.nn.functional.silu(gate) * up
-    return _relative(out if out.dim() == 2 else out.sum(0), product)
+    return relative_error(out if out.dim() == 2 else out.sum(0), product)
 
 
-def _relative(actual: Tensor, expected: Tensor) -> float:
+def relative_error(actual: Tensor, expected: Tensor) -> float:
     return ((actual.float() - expected).norm() / expected.norm()).item()

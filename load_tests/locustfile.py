@@ -1,52 +1,84 @@
-"""The load test: locust -f load_tests/locustfile.py --headless --profile smoke, from the repository's root.
-
-The profile (profiles.py) says how many users run, for how long and against which server, unless --users,
---spawn-rate, --run-time or --host do. The exit code is 1 when a request failed or a limit of the profile was missed.
-"""
+"""One process of a load run, for locust; run_load.py starts it. Its users are those of the plan's profile."""
 
 from __future__ import annotations
 
-import logging
-import sys
+import json
+import time
+from pathlib import Path
 from typing import Any
 
+import gevent
+from http_users import Canceller, SlowReader
+from load_plan import Plan
+from load_records import MOMENTS, Recorder, RecordFiles
+from load_user import LoadUser
 from locust import events
 from locust.env import Environment
+from locust.runners import MasterRunner, WorkerRunner
+from users import AdapterMixUser, BurstUser, ChatUser, LongPromptUser, StreamUser, WrongInputUser
 
-from load_tests.profiles import PROFILES
-from load_tests.users import GenerateUser
-from load_tests.verdict import Observed, shortfalls
-
-__all__ = ["GenerateUser"]
+PLAN = LoadUser.plan = Plan.of_environment()
+RECORDS = "records"
+"""Where a worker's message to the master has the records."""
+USERS = (
+    StreamUser,
+    ChatUser,
+    LongPromptUser,
+    BurstUser,
+    SlowReader,
+    Canceller,
+    AdapterMixUser,
+    WrongInputUser,
+)
 
 
 @events.init.add_listener
-def apply_profile(environment: Environment, **_: Any) -> None:
-    options: Any = environment.parsed_options
-    options.profile = options.profile or "smoke"
-    if options.profile not in PROFILES:
-        sys.exit(f"--profile: {options.profile!r} is not one of {', '.join(PROFILES)}")
-    profile = GenerateUser.profile = PROFILES[options.profile]
-    options.num_users = options.num_users or profile.users
-    options.spawn_rate = options.spawn_rate or profile.spawn_rate
-    options.run_time = options.run_time or profile.run_time
-    environment.host = environment.host or profile.host
-    environment.stop_timeout = environment.stop_timeout or profile.stop_timeout
+def begin(environment: Environment, runner: Any, **_: Any) -> None:
+    chosen = [user for user in USERS if user.kind in PLAN.profile.users]
+    for user in chosen:
+        user.fixed_count = PLAN.profile.users[user.kind]
+    environment.user_classes = chosen
+    if isinstance(runner, WorkerRunner):
+        _record(environment)
+    elif isinstance(runner, MasterRunner):
+        _gather(environment, runner, Path(environment.parsed_options.csv_prefix).parent)
 
 
-@events.quitting.add_listener
-def judge(environment: Environment, **_: Any) -> None:
-    observed = {
-        entry.name: Observed(
-            num_events=entry.num_requests,
-            num_failures=entry.num_failures,
-            median=entry.median_response_time,
-            percentile_95=entry.get_response_time_percentile(0.95),
-        )
-        for entry in environment.stats.entries.values()
-    }
-    options: Any = environment.parsed_options
-    problems = shortfalls(GenerateUser.profile, observed)
-    for problem in problems:
-        logging.error("profile %s: %s", options.profile, problem)
-    environment.process_exit_code = 1 if problems else 0
+def _record(environment: Environment) -> None:
+    recorder = LoadUser.recorder = Recorder()
+
+    def send(client_id: str, data: dict[str, Any]) -> None:
+        data[RECORDS] = recorder.drain()
+
+    environment.events.report_to_master.add_listener(send)
+
+
+def _gather(environment: Environment, runner: MasterRunner, folder: Path) -> None:
+    files = RecordFiles(folder)
+    moments: dict[str, float] = {}
+
+    def receive(client_id: str, data: dict[str, Any]) -> None:
+        files.write(data[RECORDS])
+
+    def note_all_started(user_count: int) -> None:
+        moments["all_started"] = time.time()
+        gevent.spawn_later(PLAN.profile.run_time, end)
+
+    def end() -> None:
+        # Not locust's own --run-time: it would end the workers before the last requests have been reported.
+        runner.stop()
+        runner.quit()
+
+    def note_end(environment: Environment) -> None:
+        moments["ended"] = time.time()
+
+    def finish(environment: Environment, **_: Any) -> None:
+        files.close()
+        (folder / MOMENTS).write_text(json.dumps(moments) + "\n")
+        # Whether the run passed is not for locust to say.
+        environment.process_exit_code = 0
+
+    environment.events.worker_report.add_listener(receive)
+    environment.events.spawning_complete.add_listener(note_all_started)
+    environment.events.test_stopping.add_listener(note_end)
+    environment.events.quitting.add_listener(finish)

@@ -6,7 +6,6 @@
 from __future__ import annotations
 
 import argparse
-import json
 from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
@@ -15,27 +14,14 @@ import matplotlib
 
 matplotlib.use("Agg")
 from matplotlib import pyplot
-from performance_tables import latest
+from quality_results import read_measured
 from quality_variants import BITS, GROUP_SIZES, GROUPED
 from quality_verdict import AVERAGE_BITS, LOSS, Measured
 from results_file import RESULTS
 
 DOCS = Path(__file__).parents[1] / "docs"
-BOTH = "both"
-"""The workload of all texts together."""
 _LOSS_TICKS = (0, 0.5, 1, 2, 5, 10, 20, 50, 100)
 _COLORS = {"rtn": "tab:blue", "awq": "tab:orange", "gptq": "tab:green", "smoothquant": "tab:red"}
-
-
-def read_measured(path: Path, model: str, device: str | None = None) -> dict[str, dict[str, float]]:
-    """The latest metrics of all texts by variant; device None: that of the last line."""
-    lines: list[dict[str, Any]] = [json.loads(line) for line in path.read_text().splitlines()]
-    lines = [line for line in lines if line["model"] == model]
-    device = device or (lines[-1]["device"] if lines else None)
-    found: dict[str, dict[str, float]] = {}
-    for line in latest(line for line in lines if line["device"] == device and line["workload"] == BOTH):
-        found.setdefault(line["variant"], {})[line["metric"]] = line["value"]
-    return found
 
 
 def draw_bits(measured: Measured, path: Path) -> None:

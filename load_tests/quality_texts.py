@@ -14,6 +14,11 @@ def read_text(kind: str) -> str:
     return (DATA / f"{kind}.txt").read_text(encoding="utf-8")
 
 
+def num_sequences(num_tokens: int, length: int) -> int | None:
+    """Sequences of ``length`` tokens that about ``num_tokens`` make, at least one; None, which is all, for 0."""
+    return max(num_tokens // length, 1) if num_tokens else None
+
+
 def text_sequences(tokenizer: Tokenizer, kind: str, length: int, most: int | None = None) -> list[list[int]]:
     """The text cut into whole sequences of ``length`` tokens, ``most`` of them, evenly spread; None: all.
 

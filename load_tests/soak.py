@@ -15,7 +15,7 @@ import contextlib
 import sys
 import tempfile
 import time
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from contextlib import AsyncExitStack, ExitStack
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -24,6 +24,7 @@ from typing import Any
 import psutil
 from client_pool import BenchFailed
 from engine_arguments import add_settings, engine_settings
+from random_adapters import write_random_adapters
 from results_file import RESULTS, ResultsFile
 from served_model import ROOT, ServedModel, end_through_contexts, environment_of_checkout
 from soak_requests import Load
@@ -42,6 +43,8 @@ SETTINGS = {
     "max_queue_size": "256",
 }
 """A pool that the load fills and evicts from within the first minutes."""
+NUM_ADAPTERS = 4
+"""One more than there are slots for, so that slots change hands."""
 QUIET_SECONDS = 20.0
 """How long a server may take to free everything after its last request has ended."""
 SETTLE_SECONDS = 2.0
@@ -136,9 +139,15 @@ async def soak(args: argparse.Namespace) -> tuple[Soak, Soak]:
     environment = environment_of_checkout()
     environment["GOMP_SPINCOUNT"] = environment.get("GOMP_SPINCOUNT", "1000")
     settings = [f"--set={key}={value}" for key, value in args.set.items()]
-    model = ["--model", args.model, f"--doors={args.doors}", *settings]
     echo = ["--model", str(TINY), "--model-repository", str(ECHO)]
     with ExitStack() as servers:
+        adapters = Path(servers.enter_context(tempfile.TemporaryDirectory()))
+        paths = write_random_adapters(adapters, args.model, count=NUM_ADAPTERS, rank=8)
+        names = [path.name for path in paths]
+        loaded = ",".join(f"{path.name}={path}" for path in paths)
+        settings += [f"--set=adapter_root={adapters}", f"--set=adapters={loaded}"]
+        settings += [f"--set=max_loras={NUM_ADAPTERS - 1}"]
+        model = ["--model", args.model, f"--doors={args.doors}", *settings]
         started = []
         for arguments in (model, echo):
             folder = Path(servers.enter_context(tempfile.TemporaryDirectory()))
@@ -147,7 +156,7 @@ async def soak(args: argparse.Namespace) -> tuple[Soak, Soak]:
             server.wait(args.start_timeout)
         async with AsyncExitStack() as loads:
             soaks = [
-                Soak(server, await loads.enter_async_context(_load(args, server, is_echo)), pool)
+                Soak(server, await loads.enter_async_context(_load(args, server, names, is_echo)), pool)
                 for server, is_echo, pool in zip(
                     started, (False, True), (Pool(limit=int(args.set["max_num_blocks"])), None), strict=True
                 )
@@ -169,7 +178,7 @@ async def _rounds(args: argparse.Namespace, soaks: list[Soak]) -> None:
               + f" MiB; echo server {soaks[1].samples[-1].server:.1f} MiB", flush=True)  # fmt: skip
 
 
-def _load(args: argparse.Namespace, server: ServedModel, is_echo: bool) -> Load:
+def _load(args: argparse.Namespace, server: ServedModel, adapters: Sequence[str], is_echo: bool) -> Load:
     return Load(
         grpc=server.address,
         http=server.http_address,
@@ -178,6 +187,7 @@ def _load(args: argparse.Namespace, server: ServedModel, is_echo: bool) -> Load:
         max_model_len=int(args.set["max_model_len"]),
         seed=args.seed,
         grpc_cancels=args.grpc_cancels,
+        adapters=tuple(adapters),
     )
 
 

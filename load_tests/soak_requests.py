@@ -16,8 +16,9 @@ from dataclasses import dataclass, field
 from typing import Any
 
 import aiohttp
+from bad_options import BAD_OPTIONS
 
-from trident_client import AsyncTridentClient, BadRequest, Completion, RetryPolicy, TridentError
+from trident_client import AsyncTridentClient, BadRequest, Completion, NotFound, RetryPolicy, TridentError
 
 REQUEST_SECONDS = 120.0
 """A request that takes longer counts as hung."""
@@ -26,18 +27,6 @@ MAX_LIVE = 48
 _WORDS = ["time", "year", "people", "way", "day", "man", "thing", "woman", "life", "child", "été", "日本", "🙂"]
 _SHARED = [" ".join(random.Random(index).choices(_WORDS, k=120)) for index in range(8)]
 """Beginnings that many prompts share."""
-_BAD_OPTIONS: tuple[dict[str, Any], ...] = (
-    {"max_tokens": 0},
-    {"max_tokens": "many"},
-    {"temperature": -1},
-    {"top_p": 2.0},
-    {"n": 1000},
-    {"stop": [""]},
-    {"logit_bias": "{"},
-    {"seed": "x"},
-    {"stop_token_ids": [10**9]},
-    {"no_such_option": 1},
-)
 _BROKEN_BODIES = (b"", b"{", b"[]", b'{"text_input": 1}', b'{"text_input": "a", "stop": ["b"]}', b"\xff\xfe")
 _ENDED = ("stop", "length")
 
@@ -61,6 +50,8 @@ class Load:
     seed: int
     grpc_cancels: bool
     """Whether gRPC calls are cancelled, too."""
+    adapters: tuple[str, ...] = ()
+    """Names of loaded adapters, and of their folders. The last one comes and goes, the others are only replaced."""
     kinds: Counter[str] = field(default_factory=Counter)
     """Requests sent, by kind."""
     errors: Counter[str] = field(default_factory=Counter)
@@ -68,9 +59,11 @@ class Load:
 
     def __post_init__(self) -> None:
         self._rng = random.Random(self.seed)
-        self._weights = {
-            kind: weight for kind, (weight, _) in _KINDS.items() if self.grpc_cancels or kind != GRPC_CANCELS
-        }
+        left_out = {kind for kind in (GRPC_CANCELS,) if not self.grpc_cancels}
+        left_out |= set() if self.adapters else ADAPTER_KINDS
+        self._weights = {kind: weight for kind, (weight, _) in _KINDS.items() if kind not in left_out}
+        self._changing = asyncio.Lock()
+        self._last_is_loaded = True
         self._live = asyncio.Semaphore(MAX_LIVE)
         self._texts: dict[str, str] = {}
         """Greedy answers that must stay what they were."""
@@ -211,7 +204,8 @@ async def _closed(load: Load, rng: random.Random) -> None:
 
 async def _bad(load: Load, rng: random.Random) -> None:
     """An option that is not allowed, or a prompt that does not fit."""
-    options = {**_options(rng), **rng.choice(_BAD_OPTIONS)}
+    name, value = rng.choice(BAD_OPTIONS)
+    options = {**_options(rng), name: value}
     prompt = _prompt(rng) if rng.random() < 0.8 else rng.choice(("", "ab " * 3 * load.max_model_len))
     try:
         await load._client.generate(prompt, stream=False, timeout=REQUEST_SECONDS, **options)
@@ -227,9 +221,39 @@ async def _broken(load: Load, rng: random.Random) -> None:
         raise WrongAnswer(f"status {status}")
 
 
+async def _adapted(load: Load, rng: random.Random) -> None:
+    """A greedy answer with an adapter: the same text every time, whether it has been replaced or not."""
+    name = rng.choice(load.adapters)
+    prompt = rng.choice(_SHARED)
+    try:
+        answer = await load._ask(prompt, {"temperature": 0, "max_tokens": 16, "adapter": name}, stream=True)
+    except NotFound as error:
+        if name == load.adapters[-1] and name in str(error):
+            return
+        raise
+    if load._texts.setdefault(f"{name} {prompt}", answer.text) != answer.text:
+        raise WrongAnswer(f"{answer.text!r} instead of {load._texts[f'{name} {prompt}']!r}")
+
+
+async def _changed(load: Load, rng: random.Random) -> None:
+    """An adapter is replaced, or comes or goes."""
+    *kept, last = load.adapters
+    async with load._changing:
+        if kept and rng.random() < 0.5:
+            name = rng.choice(kept)
+            await load._client.load_adapter(name, name, timeout=REQUEST_SECONDS)
+        elif load._last_is_loaded:
+            await load._client.unload_adapter(last, timeout=REQUEST_SECONDS)
+            load._last_is_loaded = False
+        else:
+            await load._client.load_adapter(last, last, timeout=REQUEST_SECONDS)
+            load._last_is_loaded = True
+
+
 GRPC_CANCELS = "cancelled"
 """The kind that a server before 25.03 may not survive: its gRPC frontend has a race between the end of a request and
 its cancellation. Closed HTTP connections are cancelled, too, and by other code."""
+ADAPTER_KINDS = {"adapted", "changed"}
 _KINDS: dict[str, tuple[int, Callable[[Load, random.Random], Awaitable[None]]]] = {
     "stream": (28, _stream),
     "whole": (14, _whole),
@@ -244,6 +268,8 @@ _KINDS: dict[str, tuple[int, Callable[[Load, random.Random], Awaitable[None]]]] 
     "closed": (8, _closed),
     "bad": (8, _bad),
     "broken": (2, _broken),
+    "adapted": (8, _adapted),
+    "changed": (2, _changed),
 }
 """How often each kind of request comes, in relation to the others, and how it is sent."""
 

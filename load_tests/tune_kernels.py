@@ -22,8 +22,10 @@ from typing import Any
 import torch
 from gpu_timing import graph_ms, matmul_rate, read_bandwidth
 from kernel_problems import LINEAR_SHAPES, Decode, Linear, Prefill, QuantizedLinear
+from lora_problem import Lora
 
 from trident_llm.kernels.decode_attention import DecodeConfig
+from trident_llm.kernels.lora import LoraConfig
 from trident_llm.kernels.matrix_vector import MatrixVectorConfig
 from trident_llm.kernels.prefill_attention import PrefillConfig
 from trident_llm.kernels.quantized_matmul import QuantizedConfig
@@ -49,6 +51,8 @@ def candidates() -> Iterator[Candidate]:
     yield from _matrix_vector()
     yield from _skinny()
     yield from _quantized()
+    yield from _scaled()
+    yield from _lora()
 
 
 def _prefill() -> Iterator[Candidate]:
@@ -144,6 +148,25 @@ def _quantized() -> Iterator[Candidate]:
         else:
             yield Candidate("quantized", problem, ("quantized", QuantizedConfig(64, max(rows, 16), 32, 4, 4)))
     yield Candidate("quantized", QuantizedLinear("gate_up", 1), ("unpack", None))
+
+
+def _scaled() -> Iterator[Candidate]:
+    """The vector kernel on 8-bit numbers without groups: outputs, warps, depth."""
+    configs = [(16, 4, 4), (16, 4, 7), (16, 2, 8), (16, 8, 2), (16, 8, 4), (16, 4, 2), (32, 4, 4), (32, 4, 2),
+               (32, 2, 4), (32, 2, 8), (16, 2, 4), (32, 8, 2)]  # fmt: skip
+    for activations, name in itertools.product(("fp8", "int8"), LINEAR_SHAPES):
+        for silu in (False, True) if name == "gate_up" else (False,):
+            problem = QuantizedLinear(name, 1, bits=8, silu=silu, activations=activations)
+            for config in configs:
+                yield Candidate("scaled", problem, ("vector", VectorConfig(*config)))
+
+
+def _lora() -> Iterator[Candidate]:
+    """Inputs per split, outputs per tile, slots at once."""
+    for (rows, adapters), name in itertools.product(((1, 1), (64, 8), (64, 32)), ("qkv", "o", "gate_up", "down")):
+        problem = Lora(name, rows, adapters)
+        for split, outputs, entries in itertools.product((2048, 4096), (64, 128), (2, 4, 8)):
+            yield Candidate("lora", problem, (LoraConfig(split, outputs, entries),))
 
 
 def _owner(candidate: Candidate) -> int:

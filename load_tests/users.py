@@ -1,95 +1,148 @@
-"""GenerateUser: sends prompts of sampled lengths, reads the streamed answers and reports their times to locust.
-
-Importing this module makes gRPC cooperate with gevent; locust has patched the standard library before.
-"""
+"""Users over gRPC: plain streams, conversations, long prompts, bursts, adapters, and wrong input."""
 
 from __future__ import annotations
 
-import itertools
-import random
 import time
-from contextlib import closing
 from typing import Any
 
-import grpc.experimental.gevent
-from gevent import GreenletExit
-from locust import User, task
+import gevent
+from bad_options import BAD_OPTIONS
+from gevent.pool import Group
+from load_user import REQUEST_SECONDS, LoadUser, WrongAnswer
+from locust import task
 
-from load_tests.profiles import Profile, Span
-from load_tests.timing import Timing, measure
-from trident_client import RetryPolicy, TridentClient, TridentError
+from trident_client import BadRequest
 
-grpc.experimental.gevent.init_gevent()
+SYSTEM_PROMPT = (
+    "You are a patient assistant of a public library. You help readers to find books, explain words they do not know, "
+    "and say plainly when you do not know something yourself. Answer in short sentences. Name the author of every book "
+    "that you mention. Do not invent titles. When a reader asks for something that a library cannot give, such as "
+    "medical or legal advice, tell them whom to ask instead. Be kind to children."
+)
+"""All conversations share it, and so its blocks in the prefix cache."""
+QUESTIONS = (
+    "What should I read next?",
+    "Who wrote it, and when?",
+    "Is there a shorter book about the same?",
+    "What does the title mean?",
+    "Would a child of ten like it?",
+    "Which of its chapters is the best?",
+    "Was it translated into French?",
+    "Where in the library would I find it?",
+)
+TURNS = 4
+"""Questions of one conversation."""
+BURST = 8
+"""Requests that a burst sends at once."""
+BURST_PAUSE = 4.0
+"""Mean seconds between bursts."""
 
-_WORDS = ["time", "year", "people", "way", "day", "man", "thing", "woman", "life", "child", "world", "school", "state"]
 
+class StreamUser(LoadUser):
+    """Asks with random text, reads the answer to its end, and asks again. The load of bench_server."""
 
-class GenerateUser(User):
-    """One reader: asks, reads the answer to its end, asks again. A failed request is reported and never retried.
-
-    ``profile`` is set before users start. Events have the type ``grpc``: ``time_to_first_token``,
-    ``time_between_tokens`` (one per chunk after the first) and ``request`` in milliseconds, and
-    ``tokens_per_second``, whose value stands in the place of the time.
-    """
-
-    profile: Profile
-    _numbers = itertools.count()
-
-    def __init__(self, *args: Any, **kwargs: Any) -> None:
-        super().__init__(*args, **kwargs)
-        self._random = random.Random(f"{self.profile.seed} {next(self._numbers)}")
-
-    def on_start(self) -> None:
-        self._client = TridentClient(self.environment.host, retry=RetryPolicy(retries=0))
-
-    def on_stop(self) -> None:
-        self._client.close()
-
-    def wait_time(self) -> float:
-        return self.profile.pause
+    kind = "stream"
 
     @task
-    def generate(self) -> None:
-        prompt = " ".join(self._random.choices(_WORDS, k=self._sample(self.profile.prompt_words)))
-        answer = self._client.generate(
-            prompt,
-            max_tokens=self._sample(self.profile.max_tokens),
-            ignore_eos=self.profile.ignore_eos,
-            seed=self._random.getrandbits(32),
-        )
-        start = time.perf_counter()
+    def stream(self) -> None:
+        self.ask(self.text(self.sample(self.profile.prompt_tokens)), self.options())
+
+
+class ChatUser(LoadUser):
+    """Talks: every question carries the whole conversation so far, which begins with the shared system prompt."""
+
+    kind = "chat"
+
+    @task
+    def talk(self) -> None:
+        messages = [{"role": "system", "content": SYSTEM_PROMPT}]
+        for _ in range(TURNS):
+            question = f"{self.random.choice(QUESTIONS)} {self.text(self.sample(self.profile.prompt_tokens) // 4 + 1)}"
+            messages.append({"role": "user", "content": question})
+            answer = self.ask(self.rendered(messages), self.options())
+            if answer is None:
+                return
+            messages.append({"role": "assistant", "content": answer.text})
+            gevent.sleep(self.wait_time())
+
+    def rendered(self, messages: list[dict[str, str]]) -> Any:
+        """The messages, or plain text for a model without a chat template."""
+        if self.plan.has_chat_template:
+            return messages
+        return "\n".join(f"{message['role']}: {message['content']}" for message in messages) + "\nassistant:"
+
+
+class LongPromptUser(LoadUser):
+    """Sends prompts that keep the engine busy for many steps of prefill, and wants short answers."""
+
+    kind = "long_prompt"
+
+    @task
+    def summarize(self) -> None:
+        options = {**self.options(), "max_tokens": self.profile.max_tokens.low}
+        self.ask(self.text(self.sample(self.profile.long_prompt_tokens)), options)
+
+
+class BurstUser(LoadUser):
+    """Sends several requests at the same moment, waits for all of them, and pauses."""
+
+    kind = "burst"
+
+    def wait_time(self) -> float:
+        return BURST_PAUSE * self.random.uniform(0.5, 1.5)
+
+    @task
+    def burst(self) -> None:
+        group = Group()
         try:
-            with closing(answer) as chunks:
-                timing = measure(chunks)
-        except TridentError as error:
-            self._report("request", 1000 * (time.perf_counter() - start), exception=error)
-        except GreenletExit:
-            # At the end of a run, locust kills what has not finished within the stop timeout. It may also kill a user
-            # whose pause has just ended: such a request is a moment old and says nothing about the server.
-            seconds = time.perf_counter() - start
-            if seconds > self.environment.stop_timeout / 2:
-                self._report("request", 1000 * seconds, exception=TimeoutError("not finished when the run was over"))
-            raise
-        else:
-            self._report_timing(timing)
+            for _ in range(BURST):
+                group.spawn(self.ask, self.text(self.sample(self.profile.prompt_tokens)), self.options())
+            group.join()
+        finally:
+            group.kill()
 
-    def _report_timing(self, timing: Timing) -> None:
-        self._report("time_to_first_token", 1000 * timing.first_token)
-        for gap in timing.gaps:
-            self._report("time_between_tokens", 1000 * gap)
-        if timing.tokens_per_second is not None:
-            self._report("tokens_per_second", timing.tokens_per_second)
-        self._report("request", 1000 * timing.total, length=timing.num_output_tokens)
 
-    def _report(self, name: str, value: float, *, length: int = 0, exception: Exception | None = None) -> None:
-        self.environment.events.request.fire(
-            request_type="grpc",
-            name=name,
-            response_time=value,
-            response_length=length,
-            exception=exception,
-            context={},
-        )
+class AdapterMixUser(LoadUser):
+    """Asks with one adapter, a blend of two, the X-LoRA mix where there is one, or none, by turns at random."""
 
-    def _sample(self, span: Span) -> int:
-        return self._random.randint(span.low, span.high)
+    kind = "adapter_mix"
+
+    @task
+    def adapted(self) -> None:
+        self.ask(self.text(self.sample(self.profile.prompt_tokens)), {**self.options(), **self.adaptation()})
+
+    def adaptation(self) -> dict[str, Any]:
+        """The options that say which."""
+        names = self.plan.adapters
+        choices: list[dict[str, Any]] = [{}]
+        if names:
+            choices.append({"adapter": self.random.choice(names)})
+        if len(names) > 1:
+            first, second = self.random.sample(names, 2)
+            choices.append({"adapter": f"{first}:0.7,{second}:0.3"})
+        if self.plan.has_mix:
+            choices.append({"xlora": True})
+        chosen = self.random.choice(choices)
+        # An adapter and the mix exclude each other, so what declines the mix must go, too.
+        return {"xlora": None, **chosen} if "adapter" in chosen else chosen
+
+
+class WrongInputUser(LoadUser):
+    """Sends options that the server must refuse with INVALID_ARG, naming them. A refusal is its success."""
+
+    kind = "wrong_input"
+
+    @task
+    def mistake(self) -> None:
+        name, value = self.random.choice(BAD_OPTIONS)
+        start = time.perf_counter()
+        with self.reporting_failures("refusal"):
+            options = {**self.options(), name: value}
+            try:
+                self.client.generate(self.text(16), stream=False, timeout=REQUEST_SECONDS, **options)
+            except BadRequest as error:
+                if name not in error.message:
+                    raise WrongAnswer(f"the refusal of {name} does not name it: {error}") from None
+                self.report(refusal=1e3 * (time.perf_counter() - start))
+            else:
+                raise WrongAnswer(f"{name}={value!r} was not refused")

@@ -2,37 +2,34 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
-from dataclasses import dataclass
+from typing import TYPE_CHECKING
 
-from load_tests.profiles import Profile
-
-
-@dataclass(frozen=True, kw_only=True)
-class Observed:
-    """All events of one name; times in milliseconds."""
-
-    num_events: int
-    num_failures: int
-    median: float
-    percentile_95: float
+if TYPE_CHECKING:
+    from load_summary import Summary
+    from profiles import Limit, Profile
 
 
-def shortfalls(profile: Profile, observed: Mapping[str, Observed]) -> list[str]:
-    """What did not pass, in words; empty when all did. ``observed`` is keyed by event name."""
-    requests = observed.get("request")
-    if requests is None or requests.num_events == requests.num_failures:
+def shortfalls(profile: Profile, summary: Summary) -> list[str]:
+    """What did not pass, in words; empty when all did."""
+    requests, failures = sum(summary.requests.values()), sum(summary.failures.values())
+    if requests == failures:
         return ["no request was answered"]
-    problems = []
-    if requests.num_failures:
-        problems.append(f"{requests.num_failures} of {requests.num_events} requests failed")
-    for name, limit in profile.limits.items():
-        if name not in observed:
-            problems.append(f"{name}: not observed")
-        elif observed[name].percentile_95 > limit:
-            problems.append(f"{name}: 95th percentile {observed[name].percentile_95:.0f} ms is above {limit:.0f} ms")
-    if profile.min_tokens_per_second:
-        speed = observed["tokens_per_second"].median if "tokens_per_second" in observed else 0.0
-        if speed < profile.min_tokens_per_second:
-            problems.append(f"tokens_per_second: median {speed:.1f} is below {profile.min_tokens_per_second:.1f}")
+    problems = [f"{kind}: no request was answered" for kind in profile.users if kind not in summary.spreads]
+    if failures > profile.max_error_rate * requests:
+        problems.append(f"{failures} of {requests} requests failed")
+    problems += [problem for limit in profile.limits if (problem := _missed(limit, summary))]
+    if summary.output_tok_s < profile.min_output_tok_s:
+        problems.append(f"{summary.output_tok_s:.1f} output tokens/s are less than {profile.min_output_tok_s:.1f}")
+    if summary.held:
+        problems.append(f"the engine still held {summary.held} after the last request")
+    if summary.engine_restarts:
+        problems.append(f"the engine was restarted {summary.engine_restarts} times")
     return problems
+
+
+def _missed(limit: Limit, summary: Summary) -> str | None:
+    spread = summary.spreads.get(limit.kind, {}).get(limit.event)
+    if spread is None:
+        return f"{limit.name}: not observed"
+    value = {0.5: spread.p50, 0.95: spread.p95, 0.99: spread.p99}[limit.quantile]
+    return f"{limit.name}: {value:.1f} ms is above {limit.ms:g} ms" if value > limit.ms else None

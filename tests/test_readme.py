@@ -18,8 +18,9 @@ import pytest
 from tests.launch.helpers import ROOT
 from tests.live.serving import Serving, serving
 from trident_llm.documentation import with_tables
+from trident_llm.launch.default_model import default_model
 from trident_llm.launch.options import parse_options
-from trident_llm.launch.repository import copy_repository, default_model
+from trident_llm.launch.repository import copy_repository
 
 README, OPERATIONS = ROOT / "README.md", ROOT / "docs/operations.md"
 _BLOCK = re.compile(r"^```(\w*)\n(.*?)^```$", re.DOTALL | re.MULTILINE)
@@ -37,7 +38,7 @@ EXPECTED = {
         r"^ Paris.*capital of France is Paris.*^running_requests +0$",
         r"^ Paris",
         r"^ Paris",
-        r"grpc +request +[1-9]\d* +0\(0\.00%\)",
+        r"^[1-9]\d* requests, 0 failed.*report: .*; passed$",
     ],
     OPERATIONS: [r'\\"ready\\": true.*\\"kv_blocks_total\\": \d+.*\\"block_size\\": 16'],
 }
@@ -86,7 +87,7 @@ def run(block: Block, server: Serving, *, own_curl: bool = shutil.which("curl") 
         code = code.replace(f"localhost:{port}", f"127.0.0.1:{actual}")
     python = shlex.quote(sys.executable)
     code = re.sub(r"\.venv/bin/trident (\w+)", rf"{python} -m trident_client.cli \1 --url {server.grpc_url}", code)
-    code = re.sub(r"\.venv/bin/locust", f"{python} -m locust --run-time 4s", code)
+    code = re.sub(r"\.venv/bin/python (load_tests/run_load\.py)", rf"{python} \1 --run-time 4", code)
     if own_curl and block.language == "sh":
         code = f'curl() {{ {python} tests/fakes/curl.py "$@"; }}\n{code}'
     command = [sys.executable, "-c", code] if block.language == "python" else ["bash", "-euo", "pipefail", "-c", code]

@@ -11,6 +11,7 @@ from pathlib import Path
 
 import pytest
 
+from tests.engine.helpers import FREE_TRANSFERS
 from tests.fakes.tiny_models import write_tiny_llama
 from trident_llm import EngineConfig
 from trident_llm.engine.engine import EngineCore
@@ -146,3 +147,28 @@ def test_tokens_are_those_of_lone_requests_without_a_cache(tmp_path, lookahead, 
     assert stats["prefix_cache_hit_tokens_total"] > 2000
     assert stats["kv_blocks_used"] == 0
     assert reasons == {"prompt", "growth", "prefix_hit", "fork", "copy_on_write"}
+
+
+@pytest.mark.gpu
+def test_swapping_to_host_memory_changes_no_token(tmp_path, monkeypatch):
+    """A copy costs nothing here, so that all that is in host memory is fetched: a model this small computes sooner."""
+    monkeypatch.setattr("trident_llm.engine.cuda_runner.TransferCosts", lambda *measured: FREE_TRANSFERS)
+    folder = write_tiny_llama(tmp_path, hidden=256, heads=4, kv_heads=2, head_dim=64, layers=2, vocab=VOCAB)
+    requests = conversations()
+    alone = [Conversation(request, f"alone{i}") for i, request in enumerate(requests)]
+    settings = {"device": "cuda", "block_size": 16}
+    config = make_config(folder, prefix_caching=False, max_num_blocks=64, max_num_seqs=1, **settings)
+    answer_all(EngineCore(config), alone, together=False)
+
+    small = {"max_num_blocks": 20, "max_num_seqs": 8, "max_num_batched_tokens": 64}
+    core = EngineCore(make_config(folder, **small, **settings, kv_host_memory=8 << 20))
+    shared = [Conversation(request, f"shared{i}") for i, request in enumerate(requests)]
+    answer_all(core, shared, together=True)
+
+    different = [got.name for expected, got in zip(alone, shared, strict=True) if got.answers != expected.answers]
+    assert not different
+    stats = core.stats()
+    assert stats["preemptions_total"] > 20
+    assert stats["kv_blocks_evicted_total"] > 200
+    assert stats["swapped_blocks_total"] - stats["host_blocks_used"] > 200, "hardly anything came back"
+    assert stats["kv_blocks_used"] == 0

@@ -8,6 +8,7 @@ import torch
 from tests.fakes.lora_problems import lora_rows, make_problem, mixed_weights
 from tests.kernels.cuda_cases import DEVICE, DTYPES, PDL, assert_close
 from trident_llm.kernels.lora import LoraConfig, add_lora
+from trident_llm.kernels.triton_language import TritonLanguageKernels
 
 pytestmark = pytest.mark.gpu
 
@@ -37,9 +38,9 @@ def test_gains_scale_the_product_without_its_bias(with_bias: bool) -> None:
     assert_close(problem.y, problem.expected)
 
 
-@pytest.mark.parametrize("config", [LoraConfig(64, 128, 64), LoraConfig(128, 512, 32)])
+@pytest.mark.parametrize("config", [LoraConfig(1024, 64, 1), LoraConfig(2048, 32, 2), LoraConfig(4096, 128, 8)])
 def test_results_do_not_depend_on_the_tiles(config: LoraConfig) -> None:
-    problem = make_problem(mixed_weights(33, 4), ranks=RANKS, device=DEVICE, num_inputs=500)
+    problem = make_problem(mixed_weights(33, 4), ranks=RANKS, device=DEVICE, num_inputs=2300)
     add_lora(problem.y, problem.x, None, problem.layer, problem.rows, config=config, pdl=PDL)
     assert_close(problem.y, problem.expected)
 
@@ -50,6 +51,22 @@ def test_rows_without_slots_keep_every_bit() -> None:
     before = problem.y.clone()
     add_lora(problem.y, problem.x, None, problem.layer, problem.rows, pdl=PDL)
     assert torch.equal(problem.y, before)
+
+
+@pytest.mark.parametrize("dtype", DTYPES)
+def test_a_linear_layer_with_updates(dtype: torch.dtype) -> None:
+    """On a GPU part of it runs on a stream of its own."""
+    problem = make_problem(mixed_weights(33, 4), ranks=RANKS, dtype=dtype, device=DEVICE, gained=(0,), with_bias=True)
+    weight = torch.randn(problem.y.shape[1], problem.x.shape[1], generator=torch.Generator().manual_seed(1))
+    weight = weight.to(DEVICE, dtype)
+    side_stream = torch.cuda.Stream() if DEVICE == "cuda" else None
+    kernels = TritonLanguageKernels(num_processors=16, pdl=PDL, side_stream=side_stream)
+    base = kernels.linear(problem.x, weight, problem.bias)
+    expected = base.clone()
+    add_lora(expected, problem.x, problem.bias, problem.layer, problem.rows, pdl=PDL)
+    assert not torch.equal(base, expected)
+    found = kernels.linear_lora(problem.x, weight, problem.bias, problem.layer, problem.rows)
+    assert torch.equal(found, expected)
 
 
 def test_operands_that_do_not_fit_are_refused() -> None:

@@ -15,6 +15,7 @@ from tests.fakes.fake_hopper import FakeHopperDriver
 from tests.fakes.paged_steps import Chunk, PagedSteps
 from trident_llm.kernels.adjust_logits import AdjustmentTensors, adjust_logits, count_tokens
 from trident_llm.kernels.layer_cache import SCALED_LIMITS, LayerCache
+from trident_llm.kernels.lora import add_lora
 from trident_llm.kernels.lora_layer import LoraRows, allocate_lora_layer
 from trident_llm.kernels.quantize_rows import quantize_rows
 from trident_llm.kernels.quantized_weight import BITS, Activations, QuantizedWeight
@@ -159,8 +160,8 @@ def test_lora(hopper: FakeHopperDriver, part_sizes: tuple[int, ...], dtype: torc
     )
     rows = LoraRows(weights=torch.zeros(1, 20, 2), tile_slots=torch.full((2, 2), -1, dtype=torch.int32))
     x, y = torch.empty(20, 4096, dtype=dtype), torch.empty(20, sum(part_sizes), dtype=dtype)
-    KERNELS.add_lora(y, x, None, layer, rows)
-    KERNELS.add_lora(y, x, y[0], layer, rows)
+    for bias in (None, y[0]):
+        add_lora(y, x, bias, layer, rows, pdl=True)
     assert {name for name, _, _ in hopper.compiled} == {"_shrink_kernel", "_expand_kernel"}
 
 

@@ -16,7 +16,7 @@ from torch import Tensor
 from torch.nn.functional import kl_div
 
 from load_tests.divergence import compare, refer
-from load_tests.quality_texts import KINDS, read_text, text_sequences
+from load_tests.quality_texts import KINDS, num_sequences, read_text, text_sequences
 from load_tests.quality_variants import ESSENTIAL, VARIANTS, chosen_variants
 from load_tests.quality_verdict import is_valid, verdicts
 from tests.fakes.tiny_models import write_tiny_llama
@@ -87,6 +87,10 @@ def test_sequences_begin_as_the_tokenizer_begins_a_text_and_are_spread_evenly(tm
     assert all(len(part) == 1000 and part[: len(beginning)] == beginning for part in few)
     with pytest.raises(ValueError, match=r"prose: .* a sequence has 1000000"):
         text_sequences(tokenizer, "prose", 1_000_000)
+
+
+def test_all_of_a_text_is_asked_for_by_no_number_of_tokens():
+    assert [num_sequences(tokens, 512) for tokens in (0, 1, 1100)] == [None, 1, 2]
 
 
 @dataclass(frozen=True)

@@ -32,6 +32,18 @@ def byte_tokenizer(tmp_path_factory: pytest.TempPathFactory) -> Tokenizer:
     return Tokenizer(write_byte_tokenizer(tmp_path_factory.mktemp("bytes")))
 
 
+@pytest.fixture(scope="session")
+def fallback_byte_tokenizer(tmp_path_factory: pytest.TempPathFactory) -> Tokenizer:
+    """As ``byte_tokenizer``, with steps of sentencepiece decoders before the one that counts."""
+    folder = write_byte_tokenizer(tmp_path_factory.mktemp("fallback_bytes"))
+    tokenizer = tokenizers.Tokenizer.from_file(str(folder / "tokenizer.json"))
+    tokenizer.decoder = decoders.Sequence(
+        [decoders.ByteFallback(), decoders.Fuse(), decoders.Replace("▁", " "), decoders.ByteLevel()]
+    )
+    tokenizer.save(str(folder / "tokenizer.json"))
+    return Tokenizer(folder)
+
+
 @pytest.fixture(scope="session", params=sorted(DECODERS))
 def sentencepiece_tokenizer(request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFactory) -> Tokenizer:
     """Ids index ``SENTENCEPIECE_TOKENS``; the first three are special."""

@@ -31,6 +31,13 @@ def test_bytes_add_up(byte_tokenizer: Tokenizer, token_ids: list[int]) -> None:
     assert "".join(pieces_of(byte_tokenizer, token_ids)) == byte_tokenizer.decode(token_ids)
 
 
+@given(token_ids=st.lists(BYTES, max_size=40))
+def test_bytes_after_steps_for_sentencepieces_add_up(fallback_byte_tokenizer: Tokenizer, token_ids: list[int]) -> None:
+    """The decoder that transformers 5.17 writes for a GGUF file."""
+    text = "".join(pieces_of(fallback_byte_tokenizer, token_ids))
+    assert text == fallback_byte_tokenizer.decode(token_ids)
+
+
 @given(token_ids=PIECES)
 def test_sentencepieces_add_up(sentencepiece_tokenizer: Tokenizer, token_ids: list[int]) -> None:
     assert "".join(pieces_of(sentencepiece_tokenizer, token_ids)) == sentencepiece_tokenizer.decode(token_ids)

@@ -6,8 +6,10 @@ mixed step's sequences decode is read on the device, so a shape fixes only how m
 
 from __future__ import annotations
 
+import contextlib
 import dataclasses
-from collections.abc import Callable, Iterable, Sequence
+import gc
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from dataclasses import dataclass
 
 import torch
@@ -94,6 +96,19 @@ def graph_shapes(
     return tuple(shapes)
 
 
+@contextlib.contextmanager
+def _no_collection() -> Iterator[None]:
+    """Keep Python from freeing an earlier engine's graphs and events during a capture, which breaks it."""
+    gc.collect()
+    was_enabled = gc.isenabled()
+    gc.disable()
+    try:
+        yield
+    finally:
+        if was_enabled:
+            gc.enable()
+
+
 def _search_order(shape: StepShape) -> tuple[int, bool, StepShape]:
     """Fewest tokens first; of equally many, shapes for long contexts first."""
     return shape.num_tokens, not shape.long_contexts, shape
@@ -115,15 +130,16 @@ class CudaGraphs:
         before = torch.cuda.memory_reserved()
         pool = torch.cuda.graph_pool_handle()
         shapes = sorted((*self._decodes, *self._prefills, *self._mixed), reverse=True)
-        for index, shape in enumerate(shapes):
-            progress(f"capturing CUDA graphs: {index * 100 // len(shapes)}%")
-            # Kernels are compiled and workspaces of libraries allocated before the capture, which forbids both.
-            self._forward(shape)
-            torch.cuda.synchronize()
-            graph = torch.cuda.CUDAGraph()
-            with torch.cuda.graph(graph, pool=pool):
+        with _no_collection():
+            for index, shape in enumerate(shapes):
+                progress(f"capturing CUDA graphs: {index * 100 // len(shapes)}%")
+                # Kernels are compiled and workspaces of libraries allocated before the capture, which forbids both.
                 self._forward(shape)
-            self._captured[shape] = graph
+                torch.cuda.synchronize()
+                graph = torch.cuda.CUDAGraph()
+                with torch.cuda.graph(graph, pool=pool):
+                    self._forward(shape)
+                self._captured[shape] = graph
         return torch.cuda.memory_reserved() - before
 
     def find_shape(self, step: StepShape) -> StepShape | None:

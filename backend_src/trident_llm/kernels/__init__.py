@@ -46,11 +46,10 @@ class Kernels(Protocol):
     ) -> Tensor:
         """``fused_add_rms_norm(linear(x, weight, bias), residual, norm_weight, eps)``, likewise."""
 
-    def add_lora(self, y: Tensor, x: Tensor, bias: Tensor | None, layer: LoraLayer, rows: LoraRows) -> None:
-        """Add to y [T, out], which is W x + bias, what ``rows`` take of the updates in ``layer``; in place.
-
-        x: [T, in]. Without a slot in use this changes nothing.
-        """
+    def linear_lora(
+        self, x: Tensor, weight: Any, bias: Tensor | None, layer: LoraLayer, rows: LoraRows
+    ) -> Tensor:
+        """``linear(x, weight, bias)`` plus what ``rows`` take of the updates in ``layer``."""
 
     def plan_attention(
         self, metadata: AttentionMetadata, *, dtype: torch.dtype, sliding_window: int | None = None

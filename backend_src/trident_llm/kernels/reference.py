@@ -14,16 +14,17 @@ from torch import Tensor
 
 from . import reference_quantized
 from .layer_cache import SCALED_LIMITS, LayerCache
+from .lora_layer import LoraLayer, LoraRows
 from .quantized_weight import QuantizedWeight
 from .reference_attention import AttentionPlan, paged_attention, plan_attention
 from .reference_lora import add_lora
 from .reference_quantized import PackedWeight
 
 __all__ = [
-    "add_lora",
     "fused_add_rms_norm",
     "linear",
     "linear_add_rms_norm",
+    "linear_lora",
     "linear_silu_and_mul",
     "pack_linear",
     "paged_attention",
@@ -60,6 +61,14 @@ def linear(x: Tensor, weight: Tensor | PackedWeight, bias: Tensor | None = None)
     if weight.is_mkldnn:
         return torch.ops.mkldnn._linear_pointwise.default(x, weight, bias, "none", [], "")
     return F.linear(x, weight, bias)
+
+
+def linear_lora(
+    x: Tensor, weight: Tensor | PackedWeight, bias: Tensor | None, layer: LoraLayer, rows: LoraRows
+) -> Tensor:
+    y = linear(x, weight, bias)
+    add_lora(y, x, bias, layer, rows)
+    return y
 
 
 def rms_norm(x: Tensor, weight: Tensor, eps: float) -> Tensor:

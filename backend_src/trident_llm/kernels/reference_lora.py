@@ -8,7 +8,7 @@ from .lora_layer import LoraLayer, LoraRows, SlotRun
 
 
 def add_lora(y: Tensor, x: Tensor, bias: Tensor | None, layer: LoraLayer, rows: LoraRows) -> None:
-    """See ``Kernels.add_lora``."""
+    """Add to y [T, out], which is W x + bias, what ``rows`` take of the updates in ``layer``; in place. x: [T, in]."""
     runs = [run for run in rows.runs if layer.host_ranks[run.slot] and run.weight != 0]
     with_gains = any(layer.host_has_gains[run.slot] for run in runs)
     product = None if not with_gains else y.clone() if bias is None else y - bias

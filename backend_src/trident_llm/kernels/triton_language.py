@@ -18,7 +18,7 @@ from . import matrix_vector, skinny_matmul
 from .checks import HALF_DTYPES
 from .decode_attention import allocate_workspace, choose_num_splits, decode_attention
 from .layer_cache import LayerCache
-from .lora import add_lora
+from .lora import add_lora, expand, shrink
 from .lora_layer import LoraLayer, LoraRows
 from .matrix_vector import matrix_vector as multiply_vector
 from .packed_bytes import PackedBytes, pack_bytes
@@ -86,12 +86,14 @@ def _streams_weight(x: Tensor, weight: Tensor, max_rows: int) -> bool:
 class TritonLanguageKernels:
     """Implements ``Kernels`` on one CUDA device. Holds no tensors: workspaces come from torch's allocator.
 
-    num_processors: multiprocessors of the device. pdl: whether it knows programmatic dependent launch.
+    num_processors: multiprocessors of the device. pdl: whether it knows programmatic dependent launch. side_stream: for
+    what can run beside other kernels; None: nothing does.
     """
 
-    def __init__(self, *, num_processors: int, pdl: bool) -> None:
+    def __init__(self, *, num_processors: int, pdl: bool, side_stream: torch.cuda.Stream | None = None) -> None:
         self._num_processors = num_processors
         self._pdl = pdl
+        self._side_stream = side_stream
         self._packed: dict[type, PackedLinear[Any]] = {
             PackedWeight: QuantizedLinear(pdl=pdl),
             PackedBytes: ScaledLinear(pdl=pdl),
@@ -102,7 +104,11 @@ class TritonLanguageKernels:
     def for_device(cls, device: torch.device) -> TritonLanguageKernels:
         properties = torch.cuda.get_device_properties(device)
         # Programmatic dependent launch came with compute capability 9.0.
-        return cls(num_processors=properties.multi_processor_count, pdl=properties.major >= 9)
+        return cls(
+            num_processors=properties.multi_processor_count,
+            pdl=properties.major >= 9,
+            side_stream=torch.cuda.Stream(device),
+        )
 
     def pack_linear(self, weight: Tensor | QuantizedWeight) -> Weight:
         if isinstance(weight, Tensor):
@@ -174,8 +180,22 @@ class TritonLanguageKernels:
         rms_norm(parts, norm_weight, eps, out, residual=residual, pdl=self._pdl)
         return out
 
-    def add_lora(self, y: Tensor, x: Tensor, bias: Tensor | None, layer: LoraLayer, rows: LoraRows) -> None:
-        add_lora(y, x, bias, layer, rows, pdl=self._pdl)
+    def linear_lora(
+        self, x: Tensor, weight: Weight, bias: Tensor | None, layer: LoraLayer, rows: LoraRows
+    ) -> Tensor:
+        if self._side_stream is None:
+            y = self.linear(x, weight, bias)
+            add_lora(y, x, bias, layer, rows, pdl=self._pdl)
+            return y
+        # Shrink waits for memory most of its time and needs x alone: it runs beside the product.
+        stream = torch.cuda.current_stream()
+        self._side_stream.wait_stream(stream)
+        with torch.cuda.stream(self._side_stream):
+            hidden = shrink(x, layer, rows)
+        y = self.linear(x, weight, bias)
+        stream.wait_stream(self._side_stream)
+        expand(y, bias, hidden, layer, rows)
+        return y
 
     def plan_attention(
         self, metadata: AttentionMetadata, *, dtype: torch.dtype, sliding_window: int | None = None

