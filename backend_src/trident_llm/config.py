@@ -11,9 +11,11 @@ import math
 from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import Any
+from urllib.parse import urlsplit
 
 from .adapters.spec import parse_adapter_list
 from .errors import BadRequest
+from .logs import LOG_FORMATS, LOG_LEVELS
 from .protocol import Limits
 
 KV_CACHE_DTYPES = ("auto", "bf16", "fp16", "fp8", "int8")
@@ -90,6 +92,13 @@ class EngineConfig:
     max_stop_strings: int = setting(16, "hard cap on stop strings, and on stop_token_ids", minimum=0, maximum=1024)
     max_logprobs: int = setting(20, "hard cap of the request option logprobs", minimum=0, maximum=1024)
     max_prompt_bytes: int = setting(4 * 2**20, "longest text_input or messages, in bytes of UTF-8", minimum=1)
+    log_format: str = setting("text", "lines of the log: text, or a JSON object each", choices=LOG_FORMATS)
+    log_level: str = setting(
+        "info", "least level of what is logged; debug: what happens to each request, too", choices=LOG_LEVELS
+    )
+    otlp_endpoint: str = setting(
+        "", "OpenTelemetry collector, http://HOST:4318, that gets spans of requests with a traceparent; empty: none"
+    )
     admin_token: str = setting(
         "", "secret that llm_admin asks for; required when the server listens beyond loopback"
     )
@@ -158,6 +167,7 @@ class EngineConfig:
                 f"({self.max_num_seqs}); every running sequence needs one token a step"
             )
         self._check_adapters()
+        self._check_otlp_endpoint()
 
     @classmethod
     def from_parameters(cls, parameters: Mapping[str, str]) -> EngineConfig:
@@ -170,6 +180,11 @@ class EngineConfig:
             if text.strip():
                 values[key] = _parse(fields[key], text.strip())
         return cls(**values)
+
+    def to_parameters(self) -> dict[str, str]:
+        """The strings that ``from_parameters`` makes these settings of."""
+        values = {field.name: getattr(self, field.name) for field in dataclasses.fields(self)}
+        return {name: _text(value) for name, value in values.items()}
 
     @property
     def serves_adapters(self) -> bool:
@@ -189,6 +204,13 @@ class EngineConfig:
             raise BadRequest(
                 f"max_cpu_loras: {self.max_cpu_loras} is less than max_loras ({self.max_loras}), which pass through "
                 "host memory"
+            )
+
+    def _check_otlp_endpoint(self) -> None:
+        parts = urlsplit(self.otlp_endpoint)
+        if self.otlp_endpoint and not (parts.scheme in ("http", "https") and parts.hostname):
+            raise BadRequest(
+                f"otlp_endpoint: {self.otlp_endpoint!r} is not allowed; give a URL such as http://localhost:4318"
             )
 
     @property
@@ -219,6 +241,12 @@ def _parse(field: dataclasses.Field[Any], text: str) -> Any:
             raise BadRequest(f"{field.name}: {text!r} is not {allowed_values(field)}")
         return text.lower() in _TRUE
     return text
+
+
+def _text(value: Any) -> str:
+    if isinstance(value, bool):
+        return _TRUE[0] if value else _FALSE[0]
+    return "" if value is None else str(value)
 
 
 def _check(field: dataclasses.Field[Any], value: Any) -> None:

@@ -1,6 +1,7 @@
-"""The README's tables, made from the code: settings, request options, errors.
+"""The documents' tables, made from the code: settings, request options, errors, metrics.
 
-``python -m trident_llm.documentation README.md`` writes them between their markers; a test compares them.
+``python -m trident_llm.documentation README.md docs/observability.md`` writes them between their markers; a test
+compares them.
 """
 
 from __future__ import annotations
@@ -14,6 +15,7 @@ from typing import Any
 
 from . import errors
 from .config import EngineConfig, allowed_values
+from .metrics_catalog import METRICS
 from .options import options_table
 
 _MARKED = re.compile(r"(<!-- table: (\w+) -->\n).*?(<!-- end of table -->)", re.DOTALL)
@@ -42,10 +44,20 @@ def errors_table() -> str:
     return _table(("code", "class", "meaning"), rows)
 
 
+def metrics_table() -> str:
+    """The metrics of ``trident_llm.metrics_catalog``, in Markdown."""
+    rows = [
+        (f"`{spec.full_name}`", spec.kind + (f", by `{spec.label}`" if spec.label else ""), spec.unit, spec.meaning)
+        for spec in METRICS
+    ]
+    return _table(("metric", "kind", "unit", "meaning"), rows)
+
+
 TABLES: dict[str, Callable[[], str]] = {
     "settings": settings_table,
     "options": options_table,
     "errors": errors_table,
+    "metrics": metrics_table,
 }
 
 

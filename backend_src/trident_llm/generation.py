@@ -7,6 +7,8 @@ Shared by the server's doors and the in-process library. It makes ``Submit`` and
 from __future__ import annotations
 
 import secrets
+import time
+from collections.abc import Mapping
 
 from .errors import BadRequest, TridentError, parse_error
 from .options import RequestOptions
@@ -39,8 +41,24 @@ class Generation:
     """
 
     def __init__(
-        self, request_id: str, prompt: str, options: RequestOptions, tokenizer: Tokenizer, welcome: Welcome
+        self,
+        request_id: str,
+        prompt: str,
+        options: RequestOptions,
+        tokenizer: Tokenizer,
+        welcome: Welcome,
+        *,
+        client_id: str = "",
+        trace_context: Mapping[str, str] | None = None,
     ) -> None:
+        """``client_id``: what the client calls the request, for the log. ``trace_context``: headers of the trace that
+        it is part of, when there is one and spans are wanted."""
+        self.client_id = client_id
+        self.trace_context = trace_context
+        self.requested_at = time.monotonic()
+        self.started_at = 0.0
+        """When the engine began with it; as all times on the monotonic clock, and 0 before."""
+        self.first_token_at = 0.0
         self.request_id = request_id
         """The name under which it was last submitted: deltas under another name are stale."""
         self.options = options
@@ -94,6 +112,9 @@ class Generation:
             xlora_temperature=self.options.xlora_temperature,
             return_scalings=self.options.return_scalings,
             return_layer_scalings=self.options.return_layer_scalings,
+            requested_at=self.requested_at,
+            client_id=self.client_id,
+            calibration=self.options.calibration,
         )
 
     def apply(self, delta: Delta) -> list[Abort]:
@@ -118,6 +139,8 @@ class Generation:
             # What it began with it goes on with, whatever is loaded in the meantime.
             self._adapter = delta.adapter
             self._xlora = None if delta.adapter else False
+            self.started_at = self.started_at or delta.started_at
+            self.first_token_at = self.first_token_at or time.monotonic()
         sample.append(delta)
         if sample.finish_reason is not None and delta.finish_reason is None:
             return [Abort(request_id=self.request_id, sample_index=sample.index)]

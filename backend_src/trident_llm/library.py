@@ -23,7 +23,7 @@ from typing import Any
 from .config import EngineConfig
 from .engine.block_events import AllocateCallback, EvictCallback, FreeCallback
 from .engine.engine import EngineCore
-from .errors import EngineFailed, TridentError
+from .errors import EngineFailed, TridentError, parse_error
 from .generation import Generation, Output
 from .options import RequestOptions
 from .protocol import Delta
@@ -167,6 +167,21 @@ class Engine:
     def list_adapters(self) -> dict[str, Any]:
         """All loaded adapters."""
         return self._run_command("list_adapters", {})
+
+    def requantize(self, **settings: Any) -> dict[str, Any]:
+        """Change the settings ``isq_*`` under running requests, which finish on the old weights; waits for the end.
+
+        Returns the job. Raises BadRequest for settings that do not fit, and when the new weights cannot be served what
+        the reason is: the old ones are then served on.
+        """
+        job = self._run_command("requantize", {"settings": settings})
+        while job["state"] == "running":
+            self._post(self._poll).result()
+            time.sleep(_COMMAND_POLL_SECONDS)
+            job = self._run_command("job", {"id": job["id"]})
+        if job["error"]:
+            raise parse_error(job["error"])
+        return job
 
     def check_integrity(self) -> None:
         """Raise AssertionError unless every KV block is accounted for."""

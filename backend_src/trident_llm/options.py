@@ -176,6 +176,9 @@ class RequestOptions:
     return_layer_scalings: bool = flag(
         False, "output layer_scalings: JSON, scalings by adapter and layer for each of this response's tokens; or null"
     )
+    calibration: bool = flag(
+        False, "this request's tokens may be kept in memory, and quantized weights calibrated on them, by calibrate"
+    )
 
     @classmethod
     def parse(

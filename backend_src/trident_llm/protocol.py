@@ -73,17 +73,24 @@ class Submit(msgspec.Struct, frozen=True, kw_only=True, tag="submit"):
     xlora_temperature: float | None = None
     return_scalings: bool = False
     return_layer_scalings: bool = False
+    requested_at: float = 0.0
+    """When it reached its door, on the monotonic clock, which a resubmission does not change; 0: now."""
+    client_id: str = ""
+    """What the client calls it, for the log alone."""
+    calibration: bool = False
+    """Its tokens may be kept in memory and calibrated on."""
 
 
 class Abort(msgspec.Struct, frozen=True, kw_only=True, tag="abort"):
-    """Stop a request (``sample_index`` None) or one sample. Unknown names are ignored."""
+    """Stop a request that nobody wants (``sample_index`` None), or one sample, whose text is complete. Unknown names
+    are ignored."""
 
     request_id: str
     sample_index: int | None = None
 
 
 class Command(msgspec.Struct, frozen=True, kw_only=True, tag="command"):
-    """An administrative call: ``stats``, ``config``, ``health``, or one of ``adapters.commands``."""
+    """An administrative call: ``stats``, ``config``, ``health``, or one of ``commands``."""
 
     command_id: int
     command: str
@@ -120,8 +127,11 @@ class TokenLogprobs(msgspec.Struct, frozen=True, array_like=True):
     top: list[TopLogprob]
 
 
-class Delta(msgspec.Struct, kw_only=True):
-    """New tokens of one sequence. ``offset`` counts the output tokens before this delta."""
+class Delta(msgspec.Struct, kw_only=True, omit_defaults=True):
+    """New tokens of one sequence. ``offset`` counts the output tokens before this delta.
+
+    There is one per token: what is at its default does not travel.
+    """
 
     request_id: str
     sample_index: int
@@ -137,6 +147,8 @@ class Delta(msgspec.Struct, kw_only=True):
     """Prompt tokens that came from the prefix cache."""
     adapter: str = ""
     """With offset 0: the request's adapters or mix, with generations."""
+    started_at: float = 0.0
+    """With offset 0: when the engine first computed on the sequence, on the monotonic clock."""
     scalings: dict[str, list[float]] | None = None
     """Of the token's adapters, averaged over all modules, or over those of each layer; None unless they are wanted and
     there is a mix."""
@@ -171,6 +183,10 @@ class Welcome(msgspec.Struct, frozen=True, kw_only=True, tag="welcome"):
     max_num_seqs: int
     max_queue_size: int
     limits: Limits
+    log_format: str = "text"
+    log_level: str = "info"
+    otlp_endpoint: str = ""
+    """The settings of these names, which hold for doors too."""
 
 
 class CommandReply(msgspec.Struct, frozen=True, kw_only=True, tag="reply"):

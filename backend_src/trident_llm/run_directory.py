@@ -32,6 +32,15 @@ class Launch(msgspec.Struct, frozen=True, kw_only=True):
     command: list[str]
 
 
+class Requantized(msgspec.Struct, frozen=True, kw_only=True):
+    """Weights that an engine has been given while it served: one that takes its place must have them."""
+
+    settings: dict[str, str]
+    """All settings of quantization; they win over those of the launch."""
+    samples_digest: str
+    """Of the text they were calibrated on; empty without one."""
+
+
 class EngineStatus(msgspec.Struct, frozen=True, kw_only=True):
     """Where an engine process stands. ``failed`` carries the error's text, starting with its code."""
 
@@ -52,9 +61,11 @@ class RunDirectory:
         self.watch_lock_path = path / "engine.lock"
         self.owners_lock_path = path / "owners.lock"
         self.board_path = path / "steps.bin"
+        self.doors_path = path / "doors"
         self._launch_path = path / "engine.json"
         self._status_path = path / "status.json"
         self._deaths_path = path / "deaths.json"
+        self._requantized_path = path / "requantized.json"
         if len(os.fsencode(self.socket_path)) > MAX_SOCKET_PATH:
             raise LoadFailed(
                 f"the socket path {str(self.socket_path)!r} is longer than {MAX_SOCKET_PATH} bytes; "
@@ -90,6 +101,16 @@ class RunDirectory:
 
     def read_launch(self) -> Launch | None:
         return _read(self._launch_path, Launch)
+
+    def write_requantized(self, requantized: Requantized) -> None:
+        _replace(self._requantized_path, msgspec.json.encode(requantized))
+
+    def read_requantized(self) -> Requantized | None:
+        return _read(self._requantized_path, Requantized)
+
+    def forget_requantized(self) -> None:
+        """From now on the launch's settings hold."""
+        self._requantized_path.unlink(missing_ok=True)
 
     def write_status(self, status: EngineStatus) -> None:
         _replace(self._status_path, msgspec.json.encode(status))

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import asyncio
-from collections.abc import AsyncGenerator, Awaitable, Coroutine, Sequence
+from collections.abc import AsyncGenerator, Awaitable, Coroutine, Mapping, Sequence
 from contextlib import aclosing
 from typing import Any, Literal, overload
 
@@ -124,6 +124,28 @@ class AsyncTridentClient:
     async def list_adapters(self, *, timeout: float | None = None) -> dict[str, Any]:
         """The loaded adapters, and the number of slots on the device."""
         return await self.admin("list_adapters", timeout=timeout)
+
+    async def requantize(self, settings: Mapping[str, Any], *, timeout: float | None = None) -> dict[str, Any]:
+        """Begin to give the model weights of other ``isq_`` settings, and return the job; an empty value is a default.
+
+        Running requests finish on the old weights, and others wait meanwhile. A failure leaves the old ones.
+        """
+        return await self.admin("requantize", timeout=timeout, settings=dict(settings))
+
+    async def calibrate(self, action: str, *, timeout: float | None = None, **arguments: Any) -> dict[str, Any]:
+        """``start`` (max_samples, max_length) collects tokens of requests with the option ``calibration``, and ``stop``
+        ends that; ``apply`` (settings) begins a requantize that is calibrated on them, and returns the job.
+        """
+        return await self.admin("calibrate", timeout=timeout, action=action, **arguments)
+
+    async def job(self, job_id: str, *, timeout: float | None = None) -> dict[str, Any]:
+        """How a job stands: state (running, done or failed), progress, error, seconds."""
+        return await self.admin("job", timeout=timeout, id=job_id)
+
+    async def jobs(self, *, timeout: float | None = None) -> list[dict[str, Any]]:
+        """The jobs that the engine remembers, the newest first."""
+        listed: list[dict[str, Any]] = (await self.admin("jobs", timeout=timeout))["jobs"]
+        return listed
 
     async def is_ready(self, timeout: float = 5.0) -> bool:
         """Whether a request would be taken now: the server, the model and, where the admin door tells, the engine.

@@ -1,4 +1,5 @@
-"""The command ``trident``: generate, chat, stats, adapters, xlora with a running server; quantize, estimate without."""
+"""The command ``trident``: generate, chat, stats, adapters, xlora, requantize, calibrate, jobs with a running server;
+quantize and estimate without one."""
 
 from __future__ import annotations
 
@@ -16,7 +17,10 @@ from typing import Any
 
 from .chat import Chat
 from .cli_adapters import add_adapter_commands
+from .cli_openai import add_openai_command
 from .cli_options import add_options, given_options
+from .cli_requantize import add_requantize_commands
+from .cli_top import add_top_command
 from .cli_weights import add_weights_commands
 from .cli_xlora import add_xlora_command
 from .client import TridentClient
@@ -81,7 +85,10 @@ def _parser() -> argparse.ArgumentParser:
     stats.add_argument("--admin-token", default="", metavar="TEXT", help="the server's admin_token, where it has one")
     add_adapter_commands(commands, _command)
     add_xlora_command(commands, _command)
+    add_top_command(commands, _command)
+    add_requantize_commands(commands, _command)
     add_weights_commands(commands, _EXIT_CODES)
+    add_openai_command(commands, _EXIT_CODES)
     return parser
 
 

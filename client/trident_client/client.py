@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import threading
 import time
-from collections.abc import Generator, Sequence
+from collections.abc import Generator, Mapping, Sequence
 from contextlib import closing
 from typing import Any, Literal, overload
 
@@ -134,6 +134,28 @@ class TridentClient:
     def list_adapters(self, *, timeout: float | None = None) -> dict[str, Any]:
         """The loaded adapters, and the number of slots on the device."""
         return self.admin("list_adapters", timeout=timeout)
+
+    def requantize(self, settings: Mapping[str, Any], *, timeout: float | None = None) -> dict[str, Any]:
+        """Begin to give the model weights of other ``isq_`` settings, and return the job; an empty value is a default.
+
+        Running requests finish on the old weights, and others wait meanwhile. A failure leaves the old ones.
+        """
+        return self.admin("requantize", timeout=timeout, settings=dict(settings))
+
+    def calibrate(self, action: str, *, timeout: float | None = None, **arguments: Any) -> dict[str, Any]:
+        """``start`` (max_samples, max_length) collects tokens of requests with the option ``calibration``, and ``stop``
+        ends that; ``apply`` (settings) begins a requantize that is calibrated on them, and returns the job.
+        """
+        return self.admin("calibrate", timeout=timeout, action=action, **arguments)
+
+    def job(self, job_id: str, *, timeout: float | None = None) -> dict[str, Any]:
+        """How a job stands: state (running, done or failed), progress, error, seconds."""
+        return self.admin("job", timeout=timeout, id=job_id)
+
+    def jobs(self, *, timeout: float | None = None) -> list[dict[str, Any]]:
+        """The jobs that the engine remembers, the newest first."""
+        listed: list[dict[str, Any]] = self.admin("jobs", timeout=timeout)["jobs"]
+        return listed
 
     def is_ready(self, timeout: float = 5.0) -> bool:
         """Whether a request would be taken now: the server, the model and, where the admin door tells, the engine.

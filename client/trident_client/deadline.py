@@ -27,9 +27,9 @@ class Deadline:
         """Seconds left, as gRPC takes them: never negative."""
         return None if self.at is None else max(0.0, self.at - time.monotonic())
 
-    def cut(self, delay: float) -> float:
+    def cut(self, delay: float, problem: str = "the server had no room within the timeout") -> float:
         """``delay`` seconds when they fit; otherwise raises ``TimedOut``, for there is no use in waiting."""
         remaining = self.remaining()
         if remaining is not None and delay >= remaining:
-            raise TimedOut("the server had no room within the timeout")
+            raise TimedOut(problem)
         return delay

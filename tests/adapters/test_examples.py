@@ -57,6 +57,10 @@ def test_a_trained_mix_is_served(
     assert len(lines) == 5 * 4 + 3 * 4
     scalings = [line["value"] for line in lines if line["workload"] == "json" and line["metric"] != "loss"]
     assert sum(scalings) == pytest.approx(1, abs=1e-3)
+    import xlora_picture
+
+    xlora_picture.draw(xlora_picture.read_measured(args.out, "tiny"), options.out / "picture.png")
+    assert (options.out / "picture.png").stat().st_size > 1000
     with Engine(config) as engine:
         (output,) = engine.generate("Date: 3 May 1999\n", stream=False, max_tokens=5, return_scalings=True)
         assert output.scalings is not None and list(output.scalings) == list(TASKS)
@@ -65,3 +69,18 @@ def test_a_trained_mix_is_served(
         (member,) = engine.generate("Date: 3 May 1999\n", stream=False, max_tokens=5, adapter="dates")
         assert member.scalings is None
         engine.check_integrity()
+
+
+def test_the_shipped_mix_knows_its_tasks(smollm2_gguf: Path) -> None:
+    mix = Path(train_xlora.__file__).parent / "xlora_smollm2"
+    for file in mix.glob("adapters/*/adapter_config.json"):
+        assert json.loads(file.read_text())["base_model_name_or_path"] == train_xlora.BASE_MODEL
+    config = EngineConfig(
+        model=str(smollm2_gguf), device="cpu", max_num_blocks=64, max_model_len=256, max_num_seqs=4, xlora=str(mix)
+    )
+    with Engine(config) as engine:
+        for task in TASKS:
+            (example,) = examples(task, 1, seed=5)
+            (output,) = engine.generate(example.prompt, stream=False, max_tokens=8, temperature=0, return_scalings=True)
+            assert output.scalings is not None and output.scalings[task] > 0.6
+            assert output.text[:4] == example.completion[:4]

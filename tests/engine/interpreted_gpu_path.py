@@ -7,7 +7,7 @@ import dataclasses
 import pytest
 
 from tests.engine.helpers import FREE_TRANSFERS
-from tests.engine.test_cuda_engine import random_requests, run
+from tests.engine.test_cuda_engine import random_requests, requantize_once_all_run, run
 from tests.fakes.fake_cuda import run_gpu_path_on_cpu
 from tests.fakes.tiny_models import write_tiny_llama
 from trident_llm import EngineConfig
@@ -72,8 +72,8 @@ def test_blocks_come_back_from_the_host(tmp_path, monkeypatch):
     """The pool holds one sequence at a time: what its turns share is evicted by the other conversation's."""
     folder = write_tiny_llama(tmp_path)
     settings = {"dtype": "fp32", "device": "cpu", "max_num_blocks": 7, "block_size": 8, "max_num_seqs": 4}
-    # With int8 a block lies in two pools.
-    config = EngineConfig(model=str(folder), kv_cache_dtype="int8", **settings)
+    # With int8 a block lies in two pools. The largest step is computed to measure what tokens cost.
+    config = EngineConfig(model=str(folder), kv_cache_dtype="int8", max_num_batched_tokens=64, **settings)
     requests = []
     for turn in range(8):
         prompt = [5 + turn % 2] * 30 + [9 + turn] * 3
@@ -92,7 +92,7 @@ def test_blocks_come_back_from_the_host(tmp_path, monkeypatch):
 
 def with_host_blocks(load, num_blocks):
     """``load_model`` as on a GPU: on a CPU the setting is refused."""
-    return lambda *arguments: dataclasses.replace(load(*arguments), num_host_blocks=num_blocks)
+    return lambda *given, **options: dataclasses.replace(load(*given, **options), num_host_blocks=num_blocks)
 
 
 def test_samples_may_outnumber_the_sequences_of_a_decode_step(tmp_path, monkeypatch):
@@ -105,3 +105,35 @@ def test_samples_may_outnumber_the_sequences_of_a_decode_step(tmp_path, monkeypa
     expected = run(EngineCore(config), [request])
     run_gpu_path_on_cpu(monkeypatch)
     assert run(EngineCore(config), [request]) == expected
+
+
+def test_other_weights_under_a_runner_with_buffers(tmp_path, monkeypatch):
+    """The runner computes with them, the host tier's costs are measured anew, and buffers hold nothing of before.
+
+    They are another model's, because the interpreter does not know what kernels of quantized weights do.
+    """
+    settings = {"dtype": "fp32", "device": "cpu", "max_num_blocks": 7, "block_size": 8, "max_num_seqs": 2}
+    settings["max_num_batched_tokens"] = 32
+    config, other = (
+        EngineConfig(model=str(write_tiny_llama(tmp_path / str(seed), seed=seed)), **settings) for seed in range(2)
+    )
+    params = SamplingParams(seed=1, max_tokens=5, temperature=0.8, ignore_eos=True)
+    before, after = (
+        [Submit(request_id=f"{name}{i}", prompt_ids=[*range(20, 32 + i)], params=params) for i in range(2)]
+        for name in ("before", "after")
+    )
+    expected = run(EngineCore(config), before), run(EngineCore(other), after)
+    run_gpu_path_on_cpu(monkeypatch)
+    monkeypatch.setattr("trident_llm.engine.engine.load_model", with_host_blocks(load_model, 8))
+    core = EngineCore(config)
+    built = load_model(other, print).source.build(core.model.source.quantization(other), print)
+    monkeypatch.setattr(core.model.source, "build", lambda quantization, tell: built)
+    captured, capture = [], core.runner.capture
+    monkeypatch.setattr(core.runner, "capture", lambda progress: captured.append(1) or capture(progress))
+    replies = requantize_once_all_run(core, {"isq_method": "rtn"})
+    assert run(core, before) == expected[0]
+    while core.is_loading:
+        core.poll()
+    assert core.run_command("job", {"id": replies[0].result()["id"]}).result()["error"] == "" and captured == [1]
+    assert run(core, after) == expected[1]
+    core.close()

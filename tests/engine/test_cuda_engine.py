@@ -10,6 +10,7 @@ import torch
 
 from tests.fakes.tiny_models import write_tiny_llama
 from trident_llm import EngineConfig
+from trident_llm.engine import requantize
 from trident_llm.engine.engine import EngineCore
 from trident_llm.protocol import SampleStart, SamplingParams, Submit
 from trident_llm.sampling.sampler import SamplingRow, sample
@@ -188,3 +189,39 @@ def _model_logprobs(folder, dtype, device):
         return [float(row[token]) for row, token in zip(rows, output_ids, strict=True)]
 
     return logprobs
+
+
+def requantize_once_all_run(core, settings):
+    """The replies to the command, which is given when no request waits any more: none, and later one."""
+    replies = []
+
+    def launch(request_ids):
+        if not core.scheduler.waiting and not replies:
+            replies.append(core.run_command("requantize", {"settings": settings}))
+
+    core.on_launch = launch
+    return replies
+
+
+@pytest.mark.parametrize("both_fit", [True, False])
+def test_other_weights_under_captured_graphs(model_folder, monkeypatch, tmp_path, both_fit):
+    """Running requests keep their tokens; later ones get those of an engine that was loaded with the settings."""
+    monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path))
+    if not both_fit:
+        monkeypatch.setattr(requantize, "free_bytes", lambda device: 0)
+    isq = {"isq_method": "gptq", "isq_calibration_samples": 4, "isq_calibration_length": 64}
+    before, after = random_requests(20, seed=1), random_requests(20, seed=2)
+    expected, _ = run(make_core(model_folder, "cuda"), before)
+    core = make_core(model_folder, "cuda")
+    replies = requantize_once_all_run(core, isq)
+    got, _ = run(core, before)
+    assert_equal_but_for_rounding(model_folder, before, got, expected)
+    while core.is_loading:
+        core.poll()
+    assert core.run_command("job", {"id": replies[0].result()["id"]}).result()["state"] == "done"
+    assert core.stats()["isq_method"] == "gptq" and core.stats()["memory"]["graph_bytes"] > 0
+    again, _ = run(core, after)
+    fresh, _ = run(make_core(model_folder, "cuda", **isq), after)
+    different = [key for key in again if again[key] != fresh[key]]
+    assert len(different) <= len(again) // 20, different
+    core.close()

@@ -1,10 +1,12 @@
 """Whatever bytes come over the socket, the engine goes on serving.
 
-``TRIDENT_FUZZ_EXAMPLES=100000`` in the environment makes it a run of many minutes.
+``TRIDENT_FUZZ_EXAMPLES=100000`` in the environment makes it a run of many minutes; ``load_tests/fuzz.py`` lets coverage
+guide it.
 """
 
 from __future__ import annotations
 
+import contextlib
 import os
 import threading
 from collections.abc import Iterator
@@ -73,13 +75,19 @@ FRAMES = st.lists(st.one_of(st.binary(max_size=200), damaged(), TAGGED, VALUES.m
 
 @pytest.fixture(scope="module")
 def door(tmp_path_factory: pytest.TempPathFactory) -> Iterator[zmq.Socket[bytes]]:
-    folder: Path = tmp_path_factory.mktemp("fuzz")
+    with serving_door(tmp_path_factory.mktemp("fuzz")) as door:
+        yield door
+
+
+@contextlib.contextmanager
+def serving_door(folder: Path) -> Iterator[zmq.Socket[bytes]]:
+    """The door's end of a socket to an engine's loop in a thread."""
     context = zmq.Context()
     config = EngineConfig(model="fake")
     core = FakeEngineCore(config, step_time=0.0)
     socket = DoorSocket("inproc://fuzz", "epoch", context=context)
     board = StepBoard(folder / "board", config.max_num_seqs)
-    loop = EngineLoop(core, config, socket, "epoch", board=board, probation=Probation(Deaths(), lambda deaths: None))
+    loop = EngineLoop(core, socket, "epoch", board=board, probation=Probation(Deaths(), lambda deaths: None))
     thread = threading.Thread(target=loop.run)
     thread.start()
     door: zmq.Socket[bytes] = context.socket(zmq.DEALER)
@@ -99,6 +107,11 @@ _numbers = iter(range(10**9))
 @fuzz
 @given(FRAMES)
 def test_the_engine_goes_on_serving(door: zmq.Socket[bytes], frames: list[bytes]):
+    send_and_ask(door, frames)
+
+
+def send_and_ask(door: zmq.Socket[bytes], frames: list[bytes]) -> None:
+    """A good request after the frames gets its tokens."""
     door.send_multipart(frames)
     name = f"good-{next(_numbers)}"
     door.send(encode(Submit(request_id=name, prompt_ids=PROMPT, params=SamplingParams(seed=1, max_tokens=3))))

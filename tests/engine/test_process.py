@@ -116,7 +116,7 @@ def loop(tmp_path: Path, request: pytest.FixtureRequest) -> Iterator[RunningLoop
     board = StepBoard(tmp_path / "board", config.max_num_seqs)
     acquitted: list[Deaths] = []
     probation = Probation(deaths, acquitted.append)
-    engine = EngineLoop(core, config, socket, "epoch-1", board=board, probation=probation)
+    engine = EngineLoop(core, socket, "epoch-1", board=board, probation=probation)
     thread = threading.Thread(target=engine.run)
     thread.start()
     running = RunningLoop(address, core, context, acquitted, thread, tmp_path / "board")

@@ -86,6 +86,9 @@ class Request:
     options: dict[str, object] = field(default_factory=dict)
     tensors: list[Tensor] = field(default_factory=list)
     timeout_us: int = 0
+    client_id: str = ""
+    trace_context: str | None = None
+    """Of the server's own span."""
     sender: Sender = field(default_factory=Sender)
     rescheduled: bool = False
 
@@ -95,6 +98,15 @@ class Request:
 
     def parameters(self) -> str:
         return json.dumps(self.options) if self.options else ""
+
+    def request_id(self) -> str:
+        return self.client_id
+
+    def trace(self) -> Request:
+        return self
+
+    def get_context(self) -> str | None:
+        return self.trace_context
 
     def timeout(self) -> int:
         return self.timeout_us
@@ -136,8 +148,10 @@ class MetricFamily:
         self._name = name
 
     def Metric(self, labels: dict[str, str]) -> Metric:
-        assert labels == {"engine": "llm"}
-        return self.metrics.setdefault(self._name, Metric())
+        others = {name: value for name, value in labels.items() if name != "engine"}
+        assert labels == {"engine": "llm", **others}
+        labelled = "".join(f"{{{name}={value}}}" for name, value in others.items())
+        return self.metrics.setdefault(self._name + labelled, Metric())
 
 
 def get_input_tensor_by_name(request: Request, name: str) -> Any:

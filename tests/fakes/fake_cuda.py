@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import contextlib
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 
 import pytest
 import torch
@@ -17,9 +17,9 @@ from trident_llm.models import llama
 class EagerGraphs(CudaGraphs):
     """Every replay computes what the captured graph would, from the same buffers."""
 
-    def capture(self, progress: Callable[[str], None]) -> int:
+    def capture(self, progress: Callable[[str], None]) -> Iterator[None]:
         progress("nothing to capture")
-        return 0
+        yield
 
     def replay(self, shape: StepShape) -> None:
         self._forward(shape)

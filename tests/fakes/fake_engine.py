@@ -17,6 +17,7 @@ from typing import Any
 from tests.fakes.byte_tokenizer import EOS_TOKEN_ID, VOCAB_SIZE
 from trident_llm.config import EngineConfig
 from trident_llm.engine.process import main
+from trident_llm.engine.request_metrics import RequestMetrics
 from trident_llm.errors import BadRequest, LoadFailed, Overloaded
 from trident_llm.protocol import Delta, Submit, TokenLogprobs, TopLogprob, Welcome
 
@@ -75,12 +76,13 @@ class FakeEngineCore:
         """``step_time``: seconds of a step; ``busy``: they are spent computing, not sleeping."""
         if config.model.endswith("does-not-load") or config.revision == "broken":
             raise LoadFailed("the fake model does not load")
-        self._config = config
+        self.config = config
         self._step_time = step_time
         self._busy = busy
         self._running: dict[tuple[str, int], FakeSequence] = {}
         self.on_launch: Callable[[Iterable[str]], None] = lambda request_ids: None
         self.on_complete: Callable[[], None] = lambda: None
+        self.request_metrics = RequestMetrics()
         self._counters = {"prompt_tokens_total": 0, "output_tokens_total": 0, "peak_running_requests": 0, "steps": 0}
         if progress is not None:
             progress("loading the fake weights")
@@ -89,13 +91,16 @@ class FakeEngineCore:
         return Welcome(
             epoch=epoch,
             model="fake",
-            tokenizer_folder=self._config.model,
+            tokenizer_folder=self.config.model,
             max_model_len=MAX_MODEL_LEN,
             vocab_size=VOCAB_SIZE,
             eos_token_ids=[EOS_TOKEN_ID],
-            max_num_seqs=self._config.max_num_seqs,
-            max_queue_size=self._config.max_queue_size,
-            limits=self._config.limits,
+            max_num_seqs=self.config.max_num_seqs,
+            max_queue_size=self.config.max_queue_size,
+            limits=self.config.limits,
+            log_format=self.config.log_format,
+            log_level=self.config.log_level,
+            otlp_endpoint=self.config.otlp_endpoint,
         )
 
     def add(self, submit: Submit) -> None:
@@ -106,6 +111,7 @@ class FakeEngineCore:
         if self.num_places <= 0:
             raise Overloaded("the queue is full; retry after 1 s")
         self._counters["prompt_tokens_total"] += len(submit.prompt_ids)
+        self.request_metrics.added(len(submit.samples))
         for sample in submit.samples:
             key = (submit.request_id, sample.index)
             self._running[key] = FakeSequence(submit, sample.index, len(sample.output_ids))
@@ -116,8 +122,13 @@ class FakeEngineCore:
         for key in [key for key in self._running if key[0] == request_id and sample_index in (None, key[1])]:
             del self._running[key]
 
+    is_loading = False
+
     def poll(self) -> list[Delta]:
         return []
+
+    def close(self) -> None:
+        """It has no threads."""
 
     def run_command(self, command: str, arguments: Mapping[str, Any]) -> Future[dict[str, Any]]:
         result: Future[dict[str, Any]] = Future()
@@ -126,7 +137,7 @@ class FakeEngineCore:
 
     @property
     def num_places(self) -> int:
-        return self._config.max_num_seqs + self._config.max_queue_size - len(self._running)
+        return self.config.max_num_seqs + self.config.max_queue_size - len(self._running)
 
     def has_work(self) -> bool:
         return bool(self._running)
@@ -191,6 +202,7 @@ def _advance(sequence: FakeSequence) -> Delta:
         token_ids=[token_id],
         logprobs=logprobs,
         finish_reason=finish,
+        started_at=0.0 if position else time.monotonic(),
         stopped_by_token=stopped,
     )
 

@@ -9,6 +9,7 @@ import threading
 import time
 import urllib.error
 import urllib.request
+from collections import defaultdict
 from collections.abc import Iterator
 from dataclasses import dataclass
 from typing import Any
@@ -67,11 +68,15 @@ def wait_until_running(server: LiveServer, num_requests: int = 1) -> None:
 
 
 def metrics(server: LiveServer) -> dict[str, float]:
-    """Our metrics by name, without labels."""
+    """Our metrics by name, summed over labels, buckets apart."""
     with urllib.request.urlopen(server.metrics_url, timeout=10) as response:
         lines = response.read().decode().splitlines()
-    rows = [line.rsplit(" ", 1) for line in lines if line.startswith("trident_")]
-    return {name.partition("{")[0]: float(value) for name, value in rows}
+    found: dict[str, float] = defaultdict(float)
+    for line in lines:
+        if line.startswith("trident_") and ',le="' not in line:
+            name, value = line.rsplit(" ", 1)
+            found[name.partition("{")[0]] += float(value)
+    return found
 
 
 class EventStream:
@@ -106,13 +111,15 @@ class Answer:
 class GrpcStream:
     """One gRPC stream that carries any number of requests."""
 
-    def __init__(self, server: LiveServer, model: str, *, batched: bool | None = None) -> None:
+    def __init__(
+        self, server: LiveServer, model: str, *, batched: bool | None = None, headers: dict[str, str] | None = None
+    ) -> None:
         """``batched``: whether the model has a batch dimension; None: only llm has."""
         self._model = model
         self._batched = model == "llm" if batched is None else batched
         self._client = server.grpc_client()
         self._answers: queue.SimpleQueue[Answer] = queue.SimpleQueue()
-        self._client.start_stream(self._receive)
+        self._client.start_stream(self._receive, headers=headers)
 
     def __enter__(self) -> GrpcStream:
         return self

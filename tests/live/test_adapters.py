@@ -1,7 +1,11 @@
-"""Adapters and a mix through the real server: settings, admin commands, options and outputs, with the client."""
+"""Adapters, a mix and other weights under them through the real server: settings, admin commands, options and outputs,
+with the client."""
 
 from __future__ import annotations
 
+import os
+import signal
+import time
 from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path
@@ -15,6 +19,7 @@ from tests.fakes.tiny_models import write_tiny_llama
 from tests.live.serving import serving
 from trident_client import BadRequest, Completion, NotFound, TridentClient
 from trident_client.cli import main
+from trident_llm import Engine, EngineConfig
 from trident_llm.text import Tokenizer
 
 pytestmark = pytest.mark.live
@@ -25,6 +30,8 @@ PROMPT = "Hello"
 @dataclass(frozen=True)
 class Served:
     url: str
+    folder: Path
+    """Of the base model."""
     expected: dict[str, list[int]]
     """PEFT's tokens after PROMPT: of the base, of adapters a and b, of the mix."""
 
@@ -48,7 +55,7 @@ def served(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Served]:
     }  # fmt: skip
     arguments = [word for key, value in settings.items() for word in ("--set", f"{key}={value}")]
     with serving(tmp_path_factory.mktemp("serve"), "--model", str(folder), "--no-sample", *arguments) as server:
-        yield Served(f"127.0.0.1:{server.ports.grpc}", expected)
+        yield Served(f"127.0.0.1:{server.ports.grpc}", folder, expected)
 
 
 def answer(client: TridentClient, **options: Any) -> Completion:
@@ -93,3 +100,40 @@ def test_a_picture_of_the_mix(served: Served, tmp_path: Path, capsys: pytest.Cap
     assert path.read_bytes().startswith(b"\x89PNG")
     lines = capsys.readouterr().out.splitlines()
     assert lines[0].split() == ["one", "two"] and len(lines) == 1 + 4 + 1 + 1
+
+
+def test_other_weights_under_a_stream_and_after_a_kill(served: Served, capsys: pytest.CaptureFixture[str]) -> None:
+    """Last, for adapters' tokens are others then."""
+    url = ["--url", served.url]
+    long = {"max_tokens": 120, "temperature": 0, "ignore_eos": True, "xlora": False}
+    config = EngineConfig(
+        model=str(served.folder), device="cpu", dtype="fp32", num_threads=1, max_num_blocks=256, isq_method="rtn",
+        isq_cache=False,
+    )  # fmt: skip
+    with Engine(config) as engine:
+        (expected,) = engine.generate(PROMPT, stream=False, **{**long, "xlora": None})
+    with TridentClient(served.url) as client:
+        old = client.generate(PROMPT, stream=False, **long).text
+        stream = client.generate(PROMPT, **long)
+        text = next(stream).text
+        with pytest.raises(BadRequest, match="isq_bits: smoothquant has no 4 bits"):
+            client.requantize({"isq_method": "smoothquant", "isq_bits": 4})
+        assert main(["requantize", "--method", "rtn", "--set", "isq_cache=false", *url]) == 0
+        assert text + "".join(chunk.text for chunk in stream) == old
+        assert client.generate(PROMPT, stream=False, **long).text == expected.text != old
+        adapted, stats = tokens_of(client, adapter="a"), client.stats()
+        assert stats["isq_method"] == "rtn" and adapted != served.expected["a"]
+        memory = stats["memory"]
+        assert memory["weights_bytes_after"] < memory["weights_bytes_before"]
+
+        os.kill(stats["pid"], signal.SIGKILL)
+        deadline = time.monotonic() + 60
+        while not client.is_ready():
+            assert time.monotonic() < deadline
+            time.sleep(0.1)
+        assert client.generate(PROMPT, stream=False, **long).text == expected.text
+        assert tokens_of(client, adapter="a") == adapted
+        stats = client.stats()
+        assert stats["isq_method"] == "rtn" and stats["memory"] == memory
+        assert client.jobs() == []
+    assert "bits a weight" in capsys.readouterr().out

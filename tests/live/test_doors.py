@@ -7,6 +7,7 @@ import time
 
 import pytest
 
+from tests.fakes.engine_runs import wait_until
 from tests.fakes.fake_engine import expected_text
 from tests.live.live_server import LiveServer
 from tests.live.requests import (
@@ -228,6 +229,8 @@ def test_cancellation_leaves_others_alone(fake_server: LiveServer, model: str):
 
 
 def test_metrics_follow_within_a_second(fake_server: LiveServer):
+    # A door gives up what earlier tests have cancelled some seconds later.
+    wait_until(lambda: metrics(fake_server)["trident_door_requests"] == 0)
     time.sleep(0.7)
     before = metrics(fake_server)
     with GrpcStream(fake_server, "llm") as stream:
@@ -243,6 +246,11 @@ def test_metrics_follow_within_a_second(fake_server: LiveServer):
     assert after["trident_output_tokens_total"] == before["trident_output_tokens_total"] + 150
     assert after["trident_prompt_tokens_total"] == before["trident_prompt_tokens_total"] + 5
     assert (after["trident_engine_ready"], after["trident_engine_restarts_total"]) == (1, 0)
+    assert (during["trident_doors"], during["trident_door_requests"], after["trident_door_requests"]) == (7, 1, 0)
+    names = ("requests_accepted_total", "requests_finished_total", "request_params_n_count", "request_params_n_sum")
+    for name in (f"trident_{name}" for name in names):
+        assert after[name] == before[name] + 1, name
+    assert after["trident_door_responses_total"] > before["trident_door_responses_total"]
 
 
 def test_admin_commands(fake_server: LiveServer):

@@ -1,6 +1,7 @@
 """Any request, whatever is in it, becomes a generation or an error with a code; none takes long.
 
-``TRIDENT_FUZZ_EXAMPLES=100000`` in the environment makes it a run of many minutes.
+``TRIDENT_FUZZ_EXAMPLES=100000`` in the environment makes it a run of many minutes; ``load_tests/fuzz.py`` lets coverage
+guide it.
 """
 
 from __future__ import annotations
@@ -73,6 +74,9 @@ class FakeRequest:
     def parameters(self) -> str:
         return self.parameter_text
 
+    def request_id(self) -> str:
+        return self.parameter_text[:64]
+
     def inputs(self) -> list[FakeTensor]:
         return self.tensors
 
@@ -82,7 +86,12 @@ class FakeRequest:
 
 @pytest.fixture(scope="module")
 def readers(tmp_path_factory: pytest.TempPathFactory) -> list[RequestReader]:
-    folder: Path = write_byte_tokenizer(tmp_path_factory.mktemp("model"))
+    return make_readers(tmp_path_factory.mktemp("model"))
+
+
+def make_readers(folder: Path) -> list[RequestReader]:
+    """Of both generation doors."""
+    write_byte_tokenizer(folder)
     limits = Limits(max_n=4, max_stop_strings=4, max_logprobs=5, max_prompt_bytes=1000)
     welcome = Welcome(
         epoch="e",
@@ -113,16 +122,29 @@ def read(reader: RequestReader, request: FakeRequest) -> None:
     assert generation.cancel() and generation.finished
 
 
+PROMPTS = st.one_of(st.binary(max_size=40), st.text(max_size=40))
+TIMEOUTS = st.integers(0, 2**63)
+INPUTS = st.lists(st.tuples(st.sampled_from(["text_input", *OPTIONS, "image"]), TENSORS), max_size=5)
+
+
 @fuzz
-@given(PARAMETERS, st.one_of(st.binary(max_size=40), st.text(max_size=40)), st.integers(0, 2**63))
+@given(PARAMETERS, PROMPTS, TIMEOUTS)
 def test_parameters(readers: list[RequestReader], parameters: dict[str, Any], prompt: object, timeout: int):
+    read_parameters(readers, parameters, prompt, timeout)
+
+
+def read_parameters(readers: list[RequestReader], parameters: dict[str, Any], prompt: object, timeout: int) -> None:
     tensor = FakeTensor("text_input", np.array([prompt], dtype=np.object_))
     for reader in readers:
         read(reader, FakeRequest(json.dumps(parameters), [tensor], timeout))
 
 
 @fuzz
-@given(st.lists(st.tuples(st.sampled_from(["text_input", *OPTIONS, "image"]), TENSORS), max_size=5))
+@given(INPUTS)
 def test_tensors(readers: list[RequestReader], tensors: list[tuple[str, np.ndarray]]):
+    read_tensors(readers, tensors)
+
+
+def read_tensors(readers: list[RequestReader], tensors: list[tuple[str, np.ndarray]]) -> None:
     for reader in readers:
         read(reader, FakeRequest("", [FakeTensor(name, array) for name, array in tensors]))

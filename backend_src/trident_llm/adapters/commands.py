@@ -1,4 +1,4 @@
-"""The commands of ``llm_admin`` that are about adapters: names, arguments, and what the engine does for them."""
+"""What the engine does for the commands of ``llm_admin`` that are about adapters."""
 
 from __future__ import annotations
 
@@ -7,41 +7,12 @@ from collections.abc import Mapping
 from concurrent.futures import Future
 from typing import TYPE_CHECKING, Any
 
+from ..commands import check_arguments
 from ..errors import BadRequest, TridentError
-from .spec import check_name
 
 if TYPE_CHECKING:
     from .sources import AdapterSources
     from .store import AdapterStore
-
-ADAPTER_COMMANDS: Mapping[str, Mapping[str, type]] = {
-    "load_adapter": {"name": str, "path": str, "pinned": bool},
-    "unload_adapter": {"name": str},
-    "list_adapters": {},
-    "load_xlora": {"path": str, "name": str},
-}
-"""Arguments by command."""
-_OPTIONAL = frozenset({("load_adapter", "pinned"), ("load_xlora", "name")})
-
-
-def check_arguments(command: str, arguments: Mapping[str, Any]) -> None:
-    """Raise ``BadRequest`` naming an argument that is unknown, missing or of the wrong type."""
-    known = ADAPTER_COMMANDS[command]
-    for name in arguments:
-        if name not in known:
-            allowed = ", ".join(known) or "none"
-            raise BadRequest(f"arguments: {name!r} is not an argument of {command!r}; allowed: {allowed}")
-    for name, kind in known.items():
-        if name not in arguments and (command, name) not in _OPTIONAL:
-            raise BadRequest(f"arguments: {command!r} needs {name!r}")
-        if name in arguments and not isinstance(arguments[name], kind):
-            wanted = "true or false" if kind is bool else "a string"
-            raise BadRequest(f"{name}: {arguments[name]!r} is not allowed; give {wanted}")
-    if "name" in arguments:
-        try:
-            check_name(arguments["name"])
-        except ValueError as error:
-            raise BadRequest(f"name: {error}") from None
 
 
 class AdapterCommands:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import threading
 from collections import OrderedDict
 from collections.abc import Callable, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
@@ -28,6 +29,8 @@ class HostMemory:
         self._wanted: tuple[Adapter, ...] = ()
         self._reading: dict[Adapter, Future[AdapterWeights]] = {}
         self._thread = ThreadPoolExecutor(1, thread_name_prefix="adapters")
+        self._reached_pause = threading.Event()
+        self._pause_ended = threading.Event()
 
     @property
     def is_reading(self) -> bool:
@@ -36,6 +39,24 @@ class HostMemory:
     def submit(self, function: Callable[[], T]) -> Future[T]:
         """Have the thread do something else."""
         return self._thread.submit(function)
+
+    def pause(self) -> None:
+        """Have the thread finish what it was asked for so far, and do nothing after that until ``resume``."""
+
+        def wait() -> None:
+            self._reached_pause.set()
+            self._pause_ended.wait()
+
+        self._reached_pause.clear()
+        self._pause_ended.clear()
+        self._thread.submit(wait)
+
+    @property
+    def is_paused(self) -> bool:
+        return self._reached_pause.is_set() and not self._pause_ended.is_set()
+
+    def resume(self) -> None:
+        self._pause_ended.set()
 
     def put(self, adapter: Adapter, weights: AdapterWeights) -> None:
         """Hold ``weights``, and drop another's if there are too many."""
@@ -60,6 +81,12 @@ class HostMemory:
         reading = self._reading.pop(adapter, None)
         if reading is not None:
             reading.cancel()
+
+    def drop_all(self) -> None:
+        """What is wanted is read again when it is asked for."""
+        self._wanted = ()
+        for adapter in list(self._held):
+            self.drop(adapter)
 
     def want(self, adapters: Sequence[Adapter]) -> None:
         """Read what is missing of these, unless others are wanted already."""
@@ -91,4 +118,5 @@ class HostMemory:
         return failed
 
     def close(self) -> None:
+        self.resume()
         self._thread.shutdown(wait=True, cancel_futures=True)

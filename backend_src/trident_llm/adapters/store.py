@@ -188,6 +188,25 @@ class AdapterStore:
         """Have the thread that reads files do something."""
         return self._host.submit(function)
 
+    def pause(self) -> None:
+        """Have the thread finish what it has begun, and then leave the model's weights alone until ``resume``."""
+        self._host.pause()
+
+    @property
+    def is_paused(self) -> bool:
+        """``poll`` has then still to take over what was finished before."""
+        return self._host.is_paused
+
+    def resume(self) -> None:
+        self._host.resume()
+
+    def forget_weights(self) -> None:
+        """The model's weights have changed, and adapters are scaled and, with DoRA, measured by these: each is read
+        again from the engine's own copy when it is asked for. No sequence may be running."""
+        for adapter in self._by_generation.values():
+            self.slots.drop(adapter)
+        self._host.drop_all()
+
     def close(self) -> None:
         """End the thread."""
         self._host.close()

@@ -70,7 +70,9 @@ class Admission:
             blend=blend,
             wants_scalings=submit.return_scalings,
             wants_layer_scalings=submit.return_layer_scalings,
+            calibration=submit.calibration and not start.index,
         )
+        seq.requested_at = submit.requested_at or seq.arrival_time
         if isinstance(blend, MixUse):
             seq.companion = Sequence(
                 request_id=seq.request_id,

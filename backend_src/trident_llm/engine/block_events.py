@@ -44,6 +44,8 @@ class FreeReason(StrEnum):
 class EvictReason(StrEnum):
     REUSED = "reused"
     """The sequence needed a free block, and the cached content of this one was the oldest."""
+    FLUSHED = "flushed"
+    """The weights have changed; no sequence is the cause (its request id is empty)."""
 
 
 AllocateCallback = Callable[[tuple[int, ...], SequenceId, AllocateReason], None]
@@ -92,10 +94,11 @@ class BlockEvents:
         if self._on_free and block_ids:
             self._gathered.append(_Event(self._on_free, tuple(block_ids), seq.key, reason))
 
-    def evicted(self, seq: Sequence, block_ids: list[int], reason: EvictReason) -> None:
-        """``seq`` took these blocks: what they held can no longer be shared."""
+    def evicted(self, seq: Sequence | None, block_ids: list[int], reason: EvictReason) -> None:
+        """What these blocks held can no longer be shared. ``seq`` took them; None: nobody."""
         if self._on_evict and block_ids:
-            self._gathered.append(_Event(self._on_evict, tuple(block_ids), seq.key, reason))
+            key = ("", 0) if seq is None else seq.key
+            self._gathered.append(_Event(self._on_evict, tuple(block_ids), key, reason))
 
     def deliver(self) -> None:
         """Call the callbacks. One that raises is logged the first time, and harms nobody else."""
@@ -116,7 +119,8 @@ class BlockEvents:
 
 
 class BlockTotals:
-    """How many blocks sequences took, gave back and overwrote: the engine's own subscriber, for its statistics."""
+    """How many blocks sequences took and gave back, and how many lost what was cached in them: the engine's own
+    subscriber, for its statistics."""
 
     def __init__(self, events: BlockEvents) -> None:
         self.allocated = self.freed = self.evicted = 0

@@ -69,6 +69,8 @@ class BlockManager:
         self._free: OrderedDict[int, None] = OrderedDict.fromkeys(range(num_blocks))
         self._block_of_hash: dict[bytes, int] = {}
         self._hash_of_block: dict[int, bytes] = {}
+        self._weights_generation = 0
+        """Enters every hash: other weights compute other K and V."""
         self._announced: Counter[bytes] = Counter()
         """Hashes of prompt blocks that running sequences are about to compute, with the number of those."""
         self.num_cached = 0
@@ -224,6 +226,22 @@ class BlockManager:
         seq.block_table = []
         seq.num_computed = seq.num_registered = seq.num_announced = seq.num_released = 0
 
+    def flush(self, waiting: Iterable[Sequence]) -> None:
+        """Forget all cached content: the weights have changed. Nobody but ``waiting`` is left, who hold no blocks."""
+        assert len(self._free) == self.num_blocks and not self._announced
+        self._weights_generation += 1
+        self.events.evicted(None, list(self._hash_of_block), EvictReason.FLUSHED)
+        self._block_of_hash.clear()
+        self._hash_of_block.clear()
+        self.num_cached = 0
+        if self.host_tier:
+            self.host_tier.clear()
+        for seq in waiting:
+            for sample in (seq, *seq.forks):
+                sample.block_hashes = []
+                if sample.companion is not None:
+                    sample.companion.block_hashes = []
+
     def check_integrity(self, live: Iterable[Sequence]) -> None:
         """Raise AssertionError unless every block is free or referenced exactly as often as ``live`` says."""
         counts = [0] * self.num_blocks
@@ -300,11 +318,12 @@ class BlockManager:
         size = self.block_size
         while len(seq.block_hashes) < num_blocks:
             start = len(seq.block_hashes) * size
-            parent = seq.block_hashes[-1] if seq.block_hashes else _root(seq.salt)
+            parent = seq.block_hashes[-1] if seq.block_hashes else _root(seq.salt, self._weights_generation)
             tokens = array("q", seq.token_ids[start : start + size]).tobytes()
             seq.block_hashes.append(hashlib.blake2b(parent + tokens, digest_size=32).digest())
 
 
-def _root(salt: bytes) -> bytes:
+def _root(salt: bytes, weights_generation: int) -> bytes:
     """Start of a hash chain; of one length for all salts, so that no salt can imitate a chain."""
-    return hashlib.blake2b(salt, digest_size=32, person=b"trident-root").digest()
+    generation = weights_generation.to_bytes(hashlib.blake2b.SALT_SIZE, "little")
+    return hashlib.blake2b(salt, digest_size=32, person=b"trident-root", salt=generation).digest()

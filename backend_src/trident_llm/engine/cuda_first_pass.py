@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 
 import torch
 from torch import Tensor
@@ -45,9 +45,17 @@ class CudaFirstPass:
         self._hidden = torch.zeros(shape, dtype=decoder.dtype, device=device)
         self._graphs = CudaGraphs(shapes, self._captured)
 
-    def capture(self, progress: Callable[[str], None]) -> int:
-        """Bytes that the graphs take."""
+    @property
+    def graph_bytes(self) -> int:
+        return self._graphs.num_bytes
+
+    def capture(self, progress: Callable[[str], None]) -> Iterator[None]:
+        """Capture the graphs, one between two values. No step may be in flight."""
+        self._buffers.clear()
         return self._graphs.capture(progress)
+
+    def release_graphs(self) -> None:
+        self._graphs.release()
 
     def run(self, step: FlatStep, rows: LoraRows | None) -> Tensor:
         """The last hidden states of the step's tokens, [T, H]; overwritten by the next step. rows: what they take."""

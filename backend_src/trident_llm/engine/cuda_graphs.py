@@ -11,6 +11,7 @@ import dataclasses
 import gc
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from dataclasses import dataclass
+from typing import Any
 
 import torch
 
@@ -99,7 +100,6 @@ def graph_shapes(
 @contextlib.contextmanager
 def _no_collection() -> Iterator[None]:
     """Keep Python from freeing an earlier engine's graphs and events during a capture, which breaks it."""
-    gc.collect()
     was_enabled = gc.isenabled()
     gc.disable()
     try:
@@ -124,23 +124,39 @@ class CudaGraphs:
         self._mixed = [shape for shape in ordered if shape.num_decodes and shape.num_prefills]
         self._forward = forward
         self._captured: dict[StepShape, torch.cuda.CUDAGraph] = {}
+        self.num_bytes = 0
+        """That the captured graphs take."""
 
-    def capture(self, progress: Callable[[str], None]) -> int:
-        """Capture all shapes, largest first, so that the smaller ones reuse its memory; returns the bytes taken."""
+    def capture(self, progress: Callable[[str], None]) -> Iterator[None]:
+        """Capture all shapes, one between two values of the iterator.
+
+        Largest first, so that the smaller ones reuse its memory.
+        """
+        gc.collect()
         before = torch.cuda.memory_reserved()
         pool = torch.cuda.graph_pool_handle()
         shapes = sorted((*self._decodes, *self._prefills, *self._mixed), reverse=True)
+        for index, shape in enumerate(shapes):
+            progress(f"capturing CUDA graphs: {index * 100 // len(shapes)}%")
+            self._captured[shape] = self._capture_shape(shape, pool)
+            yield
+        self.num_bytes = torch.cuda.memory_reserved() - before
+
+    def release(self) -> None:
+        """Drop the graphs and their memory."""
+        self._captured.clear()
+        self.num_bytes = 0
+
+    @torch.inference_mode()
+    def _capture_shape(self, shape: StepShape, pool: Any) -> torch.cuda.CUDAGraph:
         with _no_collection():
-            for index, shape in enumerate(shapes):
-                progress(f"capturing CUDA graphs: {index * 100 // len(shapes)}%")
-                # Kernels are compiled and workspaces of libraries allocated before the capture, which forbids both.
+            # Kernels are compiled and workspaces of libraries allocated before the capture, which forbids both.
+            self._forward(shape)
+            torch.cuda.synchronize()
+            graph = torch.cuda.CUDAGraph()
+            with torch.cuda.graph(graph, pool=pool):
                 self._forward(shape)
-                torch.cuda.synchronize()
-                graph = torch.cuda.CUDAGraph()
-                with torch.cuda.graph(graph, pool=pool):
-                    self._forward(shape)
-                self._captured[shape] = graph
-        return torch.cuda.memory_reserved() - before
+            return graph
 
     def find_shape(self, step: StepShape) -> StepShape | None:
         """The smallest captured shape that holds a step of shape ``step``; None when there is none."""

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import dataclasses
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from typing import Any
 
 import torch
@@ -75,15 +75,38 @@ class CudaRunner:
             max_num_batched_tokens=max_num_batched_tokens, table_width=width,
             shapes=graph_shapes(max_num_seqs, max_num_batched_tokens) if captures_mixes else (),
         )  # fmt: skip
-        with torch.inference_mode():
-            self.graph_bytes = self._graphs.capture(progress) + self._first_pass.capture(progress)
         self._transfers = HostTransfers(kv_cache, num_host_blocks) if num_host_blocks else None
-        self.transfer_costs = self._measure_transfer_costs(self._transfers) if self._transfers else None
+        self.transfer_costs: TransferCosts | None = None
         """What the host tier decides by; None without one."""
+        for _ in self.capture(progress):
+            pass
+
+    @property
+    def graph_bytes(self) -> int:
+        """Memory of CUDA graphs."""
+        return self._graphs.num_bytes + self._first_pass.graph_bytes
+
+    def capture(self, progress: Callable[[str], None]) -> Iterator[None]:
+        """Capture all graphs on the weights that the decoder has now, one between two values.
+
+        Overwrites the KV cache. No step may be in flight, nor another thread use the device.
+        """
+        torch.cuda.synchronize()
+        self._buffers.clear()
+        yield from self._graphs.capture(progress)
+        yield from self._first_pass.capture(progress)
+        if self._transfers is not None:
+            self.transfer_costs = self._measure_transfer_costs(self._transfers)
+
+    def release_graphs(self) -> None:
+        """Drop the graphs: the weights that they read are about to go. No step may be in flight."""
+        torch.cuda.synchronize()
+        self._graphs.release()
+        self._first_pass.release_graphs()
 
     @torch.inference_mode()
     def _measure_transfer_costs(self, transfers: HostTransfers) -> TransferCosts:
-        """Writes to the KV cache, so it comes before the first step."""
+        """Writes to the KV cache."""
         shape = self._graphs.largest_prefill
         self._graphs.replay(shape)
         torch.cuda.synchronize()

@@ -5,6 +5,7 @@ Not thread-safe: one thread adds, aborts and steps, so changes take effect betwe
 
 from __future__ import annotations
 
+import dataclasses
 import logging
 import time
 from collections.abc import Callable, Iterable, Mapping
@@ -17,17 +18,23 @@ import torch
 
 from ..adapters.commands import AdapterCommands
 from ..adapters.sources import AdapterSources
+from ..commands import ADAPTER_COMMANDS
 from ..config import EngineConfig
 from ..errors import BadRequest, Overloaded, TridentError
 from ..protocol import Delta, FinishReason, Submit, Welcome
+from ..quantization.live_text import LiveText
 from .admission import Admission
 from .block_events import AllocateCallback, BlockEvents, BlockTotals, EvictCallback, FreeCallback, FreeReason
 from .host_tier import HostTier, TransferCosts
-from .loading import LoadedModel, load_model
+from .loading import BuiltDecoder, LoadedModel, load_model
 from .model_runner import ModelRunner, SampledToken, StepResult
 from .paired_blocks import PairedBlocks
+from .requantize import Journal, Requantizer
+from .request_metrics import RequestMetrics
 from .scheduler import Scheduler, SchedulerOutput
 from .sequence import Sequence
+from .statistics import memory, statistics
+from .weight_commands import WeightCommands
 
 if TYPE_CHECKING:
     from .cuda_runner import CudaRunner
@@ -37,7 +44,7 @@ logger = logging.getLogger(__name__)
 
 
 _READ_WAIT = 0.001
-"""Seconds to leave to the thread that reads adapters when nothing can be computed before it has."""
+"""Seconds to leave to the threads that read adapters or make weights when nothing can be computed before they have."""
 
 
 @dataclass(frozen=True)
@@ -52,6 +59,8 @@ class EngineCore:
     With ``lookahead`` (default: on a GPU) a step is launched before the tokens of the one before are known, so that the
     device never waits for the host. A stop is then found one step late, and that step's token is dropped.
 
+    ``journal`` is told of other weights, and ``kept_digest`` is what it was told of these; see ``load_model``.
+
     ``on_allocate``, ``on_free`` and ``on_evict`` are called with block ids, (request id, sample index) and a reason of
     ``block_events``, at the end of ``step`` and ``abort``.
     """
@@ -63,18 +72,22 @@ class EngineCore:
         progress: Callable[[str], None] | None = None,
         lookahead: bool | None = None,
         adapter_folder: Path | None = None,
+        journal: Journal | None = None,
+        kept_digest: str = "",
         on_allocate: AllocateCallback | None = None,
         on_free: FreeCallback | None = None,
         on_evict: EvictCallback | None = None,
     ) -> None:
         self.config = config
-        self.model: LoadedModel = load_model(config, progress or (lambda text: None), adapter_folder)
+        self.model: LoadedModel = load_model(
+            config, progress or (lambda text: None), adapter_folder, kept_digest=kept_digest
+        )
         self.adapters = self.model.adapters
         self._adapter_commands = AdapterCommands(
             self.adapters, AdapterSources(config.adapter_root, config.allow_hub_adapters)
         )
         self._events = BlockEvents()
-        self._block_totals = BlockTotals(self._events)
+        self.block_totals = BlockTotals(self._events)
         self._events.subscribe(on_allocate=on_allocate, on_free=on_free, on_evict=on_evict)
         self.runner = _make_runner(self.model, config, progress or (lambda text: None))
         self.blocks = PairedBlocks(
@@ -91,6 +104,13 @@ class EngineCore:
             sliding_window=self.model.config.sliding_window,
             slots=self.adapters.slots if self.adapters else None,
         )
+        self._requantizer = Requantizer(
+            config, self.model, self.runner, self.scheduler, is_idle=lambda: self._in_flight is None,
+            journal=journal, on_changed=self._serves_now,
+        )  # fmt: skip
+        self._weight_commands = WeightCommands(
+            self._requantizer, lambda: self.config, self.model.source.quantization
+        )
         self._admission = Admission(self.model, config, self.blocks)
         self._requests: dict[str, dict[int, Sequence]] = {}
         self._eos_ids = frozenset(self.model.config.eos_token_ids)
@@ -99,9 +119,10 @@ class EngineCore:
         self.on_launch: Callable[[Iterable[str]], None] = lambda request_ids: None
         """Called with the requests of each step before it is launched, and ``on_complete`` when that step has ended."""
         self.on_complete: Callable[[], None] = lambda: None
-        self._counters = {"prompt_tokens_total": 0, "output_tokens_total": 0, "requests_total": 0, "steps_total": 0}
-        self._step_seconds = 0.0
-        parts = [f"{name} {num_bytes / 2**20:,.0f} MiB" for name, num_bytes in self._memory().items()]
+        self.counters = {"prompt_tokens_total": 0, "output_tokens_total": 0, "requests_total": 0, "steps_total": 0}
+        self.step_seconds = 0.0
+        self.request_metrics = RequestMetrics()
+        parts = [f"{name} {num_bytes / 2**20:,.0f} MiB" for name, num_bytes in memory(self).items()]
         logger.info("memory on %s: %s", self.model.device, ", ".join(parts).replace("_bytes", ""))
 
     def welcome(self, epoch: str) -> Welcome:
@@ -116,6 +137,9 @@ class EngineCore:
             max_num_seqs=self.config.max_num_seqs,
             max_queue_size=self.config.max_queue_size,
             limits=self.config.limits,
+            log_format=self.config.log_format,
+            log_level=self.config.log_level,
+            otlp_endpoint=self.config.otlp_endpoint,
         )
 
     def add(self, submit: Submit) -> None:
@@ -132,13 +156,17 @@ class EngineCore:
         for seq in sequences:
             if seq.num_output_tokens:
                 self.scheduler.add(seq)
-        self._counters["requests_total"] += 1
+        self.counters["requests_total"] += 1
+        if len(fresh) == len(sequences):
+            self.request_metrics.added(len(sequences))
 
     def abort(self, request_id: str, sample_index: int | None = None) -> None:
         """Drop a request, or one sample of it, and free its blocks. Unknown names are ignored."""
         for index, seq in list(self._requests.get(request_id, {}).items()):
             if sample_index in (None, index):
                 self.scheduler.finish(seq, FreeReason.ABORTED)
+                if sample_index is not None:
+                    self.request_metrics.finished(seq)
                 self._forget(seq)
         self._events.deliver()
 
@@ -146,17 +174,19 @@ class EngineCore:
         return bool(self._requests) or self._in_flight is not None
 
     def run_command(self, command: str, arguments: Mapping[str, Any]) -> Future[dict[str, Any]]:
-        """Begin one of ``adapters.commands``; ``poll`` and ``step`` bring its end."""
-        return self._adapter_commands.run(command, arguments)
+        """Begin one of ``commands``; ``poll`` and ``step`` bring its end."""
+        commands = self._adapter_commands if command in ADAPTER_COMMANDS else self._weight_commands
+        return commands.run(command, arguments)
 
     @property
     def is_loading(self) -> bool:
         """Whether ``poll`` will soon have something to do."""
-        return self.adapters is not None and self.adapters.is_busy
+        return self._requantizer.is_busy or (self.adapters is not None and self.adapters.is_busy)
 
     def poll(self) -> list[Delta]:
         """Take over what other threads have finished; returns errors of requests that lost their adapters."""
         lost = self.adapters.poll() if self.adapters else []
+        self._requantizer.poll()
         deltas: list[Delta] = []
         for adapter, error in lost:
             samples = [seq for request in self._requests.values() for seq in request.values()]
@@ -186,57 +216,32 @@ class EngineCore:
         if finished is not None:
             sampled = finished.result.tokens()
             self.on_complete()
-            deltas += [delta for token in sampled if (delta := self._accept(token)) is not None]
+            now = time.monotonic()
+            deltas += [delta for token in sampled if (delta := self._accept(token, now)) is not None]
+            self.request_metrics.end_step(now)
             for item in finished.output.scheduled:
                 self.blocks.register(item.seq)
-            self._counters["steps_total"] += 1
+            self.counters["steps_total"] += 1
         seconds = time.perf_counter() - began
-        self._step_seconds += seconds
+        self.step_seconds += seconds
         if self.blocks.host_tier:
             self.blocks.host_tier.step_seconds = seconds
         self._events.deliver()
         return deltas
 
     def stats(self) -> dict[str, Any]:
-        """Counters and gauges, by the names they have as metrics without the prefix ``trident_``."""
-        running, tier = len(self.scheduler.running), self.blocks.host_tier
-        return {
-            "running_requests": running,
-            "waiting_requests": sum(len(sequences) for sequences in self._requests.values()) - running,
-            "peak_running_requests": self.scheduler.peak_running,
-            "kv_blocks_total": self.blocks.num_blocks,
-            "kv_blocks_used": self.blocks.num_used,
-            "kv_blocks_cached": self.blocks.num_cached,
-            "kv_blocks_allocated_total": self._block_totals.allocated,
-            "kv_blocks_freed_total": self._block_totals.freed,
-            "kv_blocks_evicted_total": self._block_totals.evicted,
-            "prefix_cache_query_tokens_total": self.blocks.num_query_tokens,
-            "prefix_cache_hit_tokens_total": self.blocks.num_hit_tokens,
-            "preemptions_total": self.scheduler.num_preemptions,
-            "swapped_blocks_total": tier.num_swapped if tier else 0,
-            "host_blocks_total": tier.num_blocks if tier else 0,
-            "host_blocks_used": tier.num_used if tier else 0,
-            "step_seconds_total": round(self._step_seconds, 6),
-            **self._counters,
-            **(self.adapters.stats() if self.adapters else {}),
-            "memory": self._memory(),
-            "quantization": self.model.quantization.to_dict() if self.model.quantization else None,
-            "device": str(self.model.device),
-            "dtype": str(self.model.dtype).removeprefix("torch."),
-            "max_model_len": self.model.max_model_len,
-        }
+        """Counters and gauges, see ``statistics``."""
+        return statistics(self)
 
-    def _memory(self) -> dict[str, int]:
-        """Bytes by use, on the model's device and, of the host tier, beside it."""
-        return {
-            "weights_bytes_before": self.model.weights_bytes_before,
-            "weights_bytes_after": self.model.weights_bytes_after,
-            "adapter_slot_bytes": self.adapters.device.num_bytes if self.adapters else 0,
-            "step_bytes": self.model.step_bytes,
-            "kv_cache_bytes": self.model.kv_cache.num_bytes,
-            "graph_bytes": self.runner.graph_bytes,
-            "host_tier_bytes": self.model.num_host_blocks * self.model.kv_cache.block_bytes,
-        }
+    @property
+    def num_unfinished(self) -> int:
+        """Sequences that run or wait."""
+        return sum(map(len, self._requests.values()))
+
+    @property
+    def live_text(self) -> LiveText:
+        """What ``calibrate`` has collected."""
+        return self._weight_commands.live_text
 
     def check_integrity(self) -> None:
         """Raise AssertionError unless queues, sequences and blocks agree."""
@@ -247,6 +252,7 @@ class EngineCore:
 
     def close(self) -> None:
         """End its threads."""
+        self._requantizer.close()
         if self.adapters:
             self.adapters.close()
 
@@ -268,16 +274,17 @@ class EngineCore:
                 f"{waiting} requests are waiting (max_queue_size {self.config.max_queue_size}); retry after 2 s"
             )
 
-    def _accept(self, token: SampledToken) -> Delta | None:
-        """Append a sampled token to its sequence; None when that has been aborted since."""
+    def _accept(self, token: SampledToken, now: float) -> Delta | None:
+        """Append a token of a step that ended ``now`` to its sequence; None when that has been aborted since."""
         seq = token.seq
         seq.num_pending -= 1
         if self._requests.get(seq.request_id, {}).get(seq.sample_index) is not seq:
             return None
         if seq.num_output_tokens == 0:
-            self._counters["prompt_tokens_total"] += seq.num_prompt_tokens
+            self.counters["prompt_tokens_total"] += seq.num_prompt_tokens
+        self.request_metrics.token(seq, now)
         seq.token_ids.append(token.token_id)
-        self._counters["output_tokens_total"] += 1
+        self.counters["output_tokens_total"] += 1
         stopped = token.token_id in seq.stop_ids
         reason: FinishReason | None = "stop" if stopped else None
         if not stopped and len(seq.token_ids) >= seq.max_total_tokens:
@@ -285,6 +292,7 @@ class EngineCore:
         if reason is not None:
             self.blocks.register(seq)
             self.scheduler.finish(seq)
+            self.request_metrics.finished(seq)
             self._forget(seq)
         return Delta(
             request_id=seq.request_id,
@@ -296,6 +304,7 @@ class EngineCore:
             stopped_by_token=stopped,
             num_cached_tokens=seq.num_cached_tokens,
             adapter=seq.blend.spec if seq.blend and seq.num_output_tokens == 1 else "",
+            started_at=seq.started_at if seq.num_output_tokens == 1 else 0.0,
             scalings=_named(seq, token.scalings),
         )
 
@@ -319,7 +328,16 @@ class EngineCore:
             error=str(error),
         )
 
+    def _serves_now(self, config: EngineConfig, built: BuiltDecoder) -> None:
+        """The weights have changed."""
+        self.config = config
+        self.model = dataclasses.replace(
+            self.model, quantization=built.report, weights_bytes_after=self.model.decoder.num_bytes
+        )
+
     def _forget(self, seq: Sequence) -> None:
+        if seq.calibration and seq.num_output_tokens:
+            self.live_text.offer(seq.token_ids)
         self.runner.forget(seq)
         if self.adapters:
             self.adapters.release(seq.adapters)

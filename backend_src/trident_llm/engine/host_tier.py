@@ -40,8 +40,8 @@ class HostTier:
 
     def __init__(self, num_blocks: int, block_size: int, costs: TransferCosts) -> None:
         self.num_blocks = num_blocks
-        self._gain = block_size * costs.token_seconds - costs.block_seconds
-        """Seconds saved by each block that is copied instead of computed."""
+        self._block_size = block_size
+        self.set_costs(costs)
         self._free = list(range(num_blocks))
         self._host_of_hash: OrderedDict[bytes, int] = OrderedDict()
         self._pinned: set[bytes] = set()
@@ -52,6 +52,16 @@ class HostTier:
         """How long steps take at present: what comes back is read one step later."""
         self.num_swapped = 0
         """Blocks copied in either direction since the start."""
+
+    def set_costs(self, costs: TransferCosts) -> None:
+        """They have been measured."""
+        self._gain = self._block_size * costs.token_seconds - costs.block_seconds
+        """Seconds saved by each block that is copied instead of computed."""
+
+    def clear(self) -> None:
+        """Forget all copies; between two steps."""
+        self._free = list(range(self.num_blocks))
+        self._host_of_hash.clear()
 
     @property
     def num_used(self) -> int:

@@ -21,7 +21,7 @@ from ..models.llama import LlamaDecoder
 from ..models.model_config import ModelConfig
 from ..models.source import ModelSource, resolve_model
 from ..models.tokenizer_files import byte_tokenizer_folder, prepare_tokenizer
-from ..models.weights import DummyWeights, expected_shapes, iter_weights, open_weights
+from ..models.weights import DummyWeights, WeightReader, expected_shapes, iter_weights, open_weights
 from ..quantization.cache import files_identity
 from ..quantization.loading import Quantization, QuantizationReport
 from .kv_cache import KVCache, bytes_per_block
@@ -63,36 +63,86 @@ class LoadedModel:
     """None: all weights are in full precision."""
     step_bytes: int
     """What the largest step takes besides; 0 on a CPU, where nobody keeps it back."""
+    source: DecoderSource
+    samples_digest: str
+    """Of the text that the weights were calibrated on; empty without one."""
 
 
-def load_model(config: EngineConfig, progress: Progress, adapter_folder: Path | None = None) -> LoadedModel:
+class DecoderSource:
+    """The files of one model, and decoders made of them under any settings of quantization."""
+
+    def __init__(self, config: EngineConfig, device: torch.device, progress: Progress) -> None:
+        """Raises ``BadRequest``, ``NotFound`` or ``LoadFailed``."""
+        self._dummy = config.load_format == "dummy"
+        self._files = resolve_model(config.model, config.revision, weights=not self._dummy, progress=progress)
+        self.model_config = _with_sliding_window(read_model_config(self._files), config.sliding_window)
+        self.device = device
+        self.dtype = choose_dtype(config.dtype, self.model_config.dtype, device)
+        self.max_model_len = _context_length(config.max_model_len, self.model_config)
+
+    def prepare_tokenizer(self, progress: Progress) -> Path:
+        """Its folder. To be called before ``read_calibration``."""
+        self._tokenizer_folder = _tokenizer_folder(self._files, self.model_config, progress, dummy=self._dummy)
+        return self._tokenizer_folder
+
+    def quantization(self, config: EngineConfig) -> Quantization:
+        """What the settings ``isq_*`` come to. Raises ``BadRequest`` when they do not fit the model or the device."""
+        return Quantization(config, self.model_config, self.device)
+
+    def read_calibration(self, quantization: Quantization, progress: Progress, *, kept_digest: str = "") -> None:
+        """Raises ``BadRequest`` for unusable text. None is needed where the disk has what was made on that of
+        ``kept_digest``."""
+        if not (kept_digest and quantization.find_kept(kept_digest, self.dtype, self._identity(), progress)):
+            quantization.read_calibration(self._tokenizer_folder, self.max_model_len)
+
+    def build(self, quantization: Quantization, progress: Progress) -> BuiltDecoder:
+        """Read, quantize and pack the weights. Raises ``LoadFailed``, or ``BadRequest`` where no bits keep a bound."""
+        decoder = LlamaDecoder(
+            self.model_config, dtype=self.dtype, device=self.device, max_model_len=self.max_model_len
+        )
+        reader: WeightReader
+        if self._dummy:
+            reader = DummyWeights(self.model_config, dtype=self.dtype, device=self.device)
+        else:
+            reader = open_weights(self._files, self.model_config, dtype=self.dtype, device=self.device)
+        if quantization.enabled:
+            return BuiltDecoder(decoder, quantization.load(decoder, reader, self._identity(), progress))
+        decoder.load_weights(iter_weights(reader, _Percent(progress)))
+        return BuiltDecoder(decoder, None)
+
+    def _identity(self) -> str:
+        """A text that no other weights have. Random ones depend on the kind of device."""
+        if self._dummy:
+            return f"dummy on {self.device.type}, torch {torch.__version__}"
+        return files_identity(self._files.weight_files)
+
+
+@dataclass(frozen=True)
+class BuiltDecoder:
+    decoder: LlamaDecoder
+    report: QuantizationReport | None
+    """None: all weights are as the files have them."""
+
+
+def load_model(
+    config: EngineConfig, progress: Progress, adapter_folder: Path | None = None, *, kept_digest: str = ""
+) -> LoadedModel:
     """Load what ``config`` names. Raises BadRequest, NotFound or LoadFailed.
 
     ``adapter_folder`` keeps the engine's copies of adapters for one that takes its place; None: nobody will.
+    ``kept_digest``: of the calibration text that these weights were made on before, if they were.
     """
     device = choose_device(config.device)
     if device.type == "cpu":
         torch.set_num_threads(config.num_threads or len(os.sched_getaffinity(0)))
-    dummy = config.load_format == "dummy"
-    source = resolve_model(config.model, config.revision, weights=not dummy, progress=progress)
-    model_config = _with_sliding_window(read_model_config(source), config.sliding_window)
-    dtype = choose_dtype(config.dtype, model_config.dtype, device)
-    quantization = Quantization(config, model_config, device)
+    source = DecoderSource(config, device, progress)
+    quantization = source.quantization(config)
+    model_config, dtype, max_model_len = source.model_config, source.dtype, source.max_model_len
     kv_cache_dtype = choose_kv_cache_dtype(config.kv_cache_dtype, dtype, device)
-    max_model_len = _context_length(config.max_model_len, model_config)
-    tokenizer_folder = _tokenizer_folder(source, model_config, progress, dummy=dummy)
-    quantization.read_calibration(tokenizer_folder, max_model_len)
-    decoder = LlamaDecoder(model_config, dtype=dtype, device=device, max_model_len=max_model_len)
-    reader = (
-        DummyWeights(model_config, dtype=dtype, device=device)
-        if dummy
-        else open_weights(source, model_config, dtype=dtype, device=device)
-    )
-    report = None
-    if quantization.enabled:
-        report = quantization.load(decoder, reader, _weights_identity(source, device, dummy=dummy), progress)
-    else:
-        decoder.load_weights(iter_weights(reader, _Percent(progress)))
+    tokenizer_folder = source.prepare_tokenizer(progress)
+    source.read_calibration(quantization, progress, kept_digest=kept_digest)
+    built = source.build(quantization, progress)
+    decoder = built.decoder
     adapters = make_store(config, decoder, adapter_folder, progress)
     step_bytes = _step_bytes(config, decoder, kv_cache_dtype)
     num_blocks = _pool_blocks(config, decoder, max_model_len, kv_cache_dtype, step_bytes)
@@ -120,14 +170,11 @@ def load_model(config: EngineConfig, progress: Progress, adapter_folder: Path | 
         adapters=adapters,
         weights_bytes_before=sum(map(prod, expected_shapes(model_config).values())) * dtype.itemsize,
         weights_bytes_after=decoder.num_bytes,
-        quantization=report,
+        quantization=built.report,
         step_bytes=step_bytes,
+        source=source,
+        samples_digest=quantization.samples_digest,
     )
-
-
-def _weights_identity(source: ModelSource, device: torch.device, *, dummy: bool) -> str:
-    """A text that no other weights have. Random ones depend on the kind of device."""
-    return f"dummy on {device.type}, torch {torch.__version__}" if dummy else files_identity(source.weight_files)
 
 
 def choose_device(name: str) -> torch.device:

@@ -13,12 +13,14 @@ from concurrent.futures import Future
 from dataclasses import dataclass
 from typing import Any, Protocol
 
-from ..adapters.commands import ADAPTER_COMMANDS
+from ..commands import ENGINE_COMMANDS
 from ..config import EngineConfig
 from ..errors import EngineFailed, Overloaded, TridentError
+from ..logs import RequestLog
 from ..protocol import Abort, Command, CommandReply, Delta, Hello, Shutdown, Submit, Welcome
 from ..step_board import StepBoard
 from .probation import Probation
+from .request_metrics import RequestMetrics
 from .transport import DoorSocket, Received
 
 logger = logging.getLogger(__name__)
@@ -34,7 +36,12 @@ class Core(Protocol):
 
     on_launch: Callable[[Iterable[str]], None]
     on_complete: Callable[[], None]
+    request_metrics: RequestMetrics
 
+    @property
+    def config(self) -> EngineConfig: ...
+    @property
+    def is_loading(self) -> bool: ...
     def welcome(self, epoch: str) -> Welcome: ...
     def add(self, submit: Submit) -> None: ...
     def abort(self, request_id: str, sample_index: int | None = None) -> None: ...
@@ -46,6 +53,7 @@ class Core(Protocol):
     def run_command(self, command: str, arguments: Mapping[str, Any]) -> Future[dict[str, Any]]: ...
     def stats(self) -> dict[str, Any]: ...
     def check_integrity(self) -> None: ...
+    def close(self) -> None: ...
 
 
 CoreFactory = Callable[[EngineConfig, Callable[[str], None]], Core]
@@ -64,7 +72,6 @@ class EngineLoop:
     def __init__(
         self,
         core: Core,
-        config: EngineConfig,
         socket: DoorSocket,
         epoch: str,
         *,
@@ -78,10 +85,10 @@ class EngineLoop:
         self._board = board
         self._probation = probation
         core.on_launch, core.on_complete = board.begin, board.complete
-        self._config = config
         self._socket = socket
         self._epoch = epoch
         self._started = time.monotonic()
+        self._log = RequestLog(logger)
         self._doors: dict[str, bytes] = {}
         """Door of each live request."""
         self._open_samples: dict[str, set[int]] = {}
@@ -117,7 +124,8 @@ class EngineLoop:
             self._board.idle()
 
     def _has_pending(self) -> bool:
-        return self._socket.has_pending or bool(self._unanswered) or self._probation.is_active
+        unfinished = bool(self._unanswered) or self._probation.is_active or self._core.is_loading
+        return unfinished or self._socket.has_pending
 
     def _is_drained(self) -> bool:
         if self._drained_at is None:
@@ -164,8 +172,12 @@ class EngineLoop:
         if refusal is not None:
             self._forget(submit.request_id, None)
             self._refuse(door, submit, refusal)
+        else:
+            num_prompt_tokens = len(submit.prompt_ids)
+            self._log.begin("accepted", submit.request_id, submit.client_id, prompt_tokens=num_prompt_tokens)
 
     def _refuse(self, door: bytes, submit: Submit, error: TridentError) -> None:
+        self._log.end("refused", submit.request_id, client_id=submit.client_id, error=str(error))
         for sample in submit.samples:
             self._socket.post_delta(door, _error_delta(submit.request_id, sample.index, sample.output_ids, error))
 
@@ -173,6 +185,7 @@ class EngineLoop:
         if abort.request_id in self._doors:
             self._core.abort(abort.request_id, abort.sample_index)
             self._forget(abort.request_id, abort.sample_index)
+            self._log_end(abort.request_id, "aborted" if abort.sample_index is None else "finished")
 
     def _forget(self, request_id: str, sample_index: int | None) -> None:
         """Drop a finished or aborted sample (None: the whole request) from the books."""
@@ -191,7 +204,13 @@ class EngineLoop:
             self._core.abort(delta.request_id)
         if delta.finish_reason is not None:
             self._forget(delta.request_id, delta.sample_index)
+            self._log_end(delta.request_id, "finished", reason=delta.finish_reason, error=delta.error)
         self._socket.post_delta(door, delta)
+
+    def _log_end(self, request_id: str, event: str, **fields: object) -> None:
+        """Of a request whose last sample may have ended."""
+        if request_id not in self._doors:
+            self._log.end(event, request_id, **fields)
 
     def _flush(self) -> None:
         undelivered = self._socket.flush()
@@ -209,10 +228,11 @@ class EngineLoop:
         for request_id in given_up:
             self._core.abort(request_id)
             self._forget(request_id, None)
+            self._log_end(request_id, "given up")
         return given_up
 
     def _run_command(self, door: bytes, command: Command) -> None:
-        if command.command in ADAPTER_COMMANDS:
+        if command.command in ENGINE_COMMANDS:
             result = self._core.run_command(command.command, command.arguments)
             self._unanswered.append(_RunningCommand(door, command.command_id, result))
         else:
@@ -232,12 +252,13 @@ class EngineLoop:
     def _answer_at_once(self, command: Command) -> CommandReply:
         results: dict[str, Callable[[], dict[str, Any]]] = {
             "stats": self._stats,
-            "config": lambda: self._config.to_dict(),
+            "config": lambda: self._core.config.to_dict(),
             "health": lambda: {"ready": True},
+            "metrics": lambda: {**self._stats(), "histograms": self._core.request_metrics.to_dict()},
         }
         result = results.get(command.command)
         if result is None:
-            known = ", ".join([*results, *ADAPTER_COMMANDS])
+            known = ", ".join([*results, *ENGINE_COMMANDS])
             error = f"[INVALID_ARG] command: {command.command!r} is not one of {known}"
             return CommandReply(command_id=command.command_id, error=error)
         process = {"epoch": self._epoch, "pid": os.getpid(), "uptime_seconds": time.monotonic() - self._started}

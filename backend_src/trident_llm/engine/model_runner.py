@@ -7,7 +7,7 @@ step may use tokens of the one before that have not reached the host: they are t
 from __future__ import annotations
 
 import dataclasses
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 
 import torch
@@ -75,6 +75,13 @@ class ModelRunner:
         self._sampled_before = {entry.seq: index for index, entry in enumerate(step.samples)}
         self._tokens_before = torch.tensor([token.token_id for token in tokens], dtype=torch.int64)
         return StepResult(lambda: tokens)
+
+    def capture(self, progress: Callable[[str], None]) -> Iterator[None]:
+        """There are no graphs."""
+        return iter(())
+
+    def release_graphs(self) -> None:
+        """Likewise."""
 
     def launch_host_copies(self, copies: HostCopies) -> None:
         """There are none without a host tier."""

@@ -25,6 +25,7 @@ from typing import NoReturn
 
 from ..config import EngineConfig
 from ..errors import LoadFailed, TridentError
+from ..logs import configure_logging
 from ..process_memory import bound_onednn_caches, freeze_loaded_objects
 from ..protocol import Delta, SamplingParams, Submit
 from ..run_directory import EngineStatus, RunDirectory
@@ -32,6 +33,8 @@ from ..step_board import StepBoard
 from .loop import Core, CoreFactory, EngineLoop
 from .probation import Probation
 from .transport import DoorSocket
+
+logger = logging.getLogger(__name__)
 
 
 class _StatusReporter:
@@ -80,10 +83,25 @@ def _stop_on_sigterm(_signal: int, _frame: FrameType | None) -> None:
     sys.exit(0)
 
 
-def _load_core(config: EngineConfig, progress: Callable[[str], None], *, adapter_folder: Path) -> Core:
+def _load_core(config: EngineConfig, progress: Callable[[str], None], *, run_directory: RunDirectory) -> Core:
+    """The core, with the weights that an engine before this one was given last, if they can still be had.
+
+    The run directory outlives this process: one that takes its place finds adapters and settings there.
+    """
     from .engine import EngineCore
 
-    return EngineCore(config, progress=progress, adapter_folder=adapter_folder)
+    load = functools.partial(
+        EngineCore, progress=progress, adapter_folder=run_directory.path / "adapters", journal=run_directory
+    )
+    requantized = run_directory.read_requantized()
+    if requantized is not None:
+        parameters = {**config.to_parameters(), **requantized.settings}
+        try:
+            return load(EngineConfig.from_parameters(parameters), kept_digest=requantized.samples_digest)
+        except Exception:
+            logger.exception("the weights of the last requantize cannot be loaded; loading those of the settings")
+            run_directory.forget_requantized()
+    return load(config)
 
 
 def main(arguments: Sequence[str] | None = None, core_factory: CoreFactory | None = None) -> int:
@@ -92,7 +110,7 @@ def main(arguments: Sequence[str] | None = None, core_factory: CoreFactory | Non
     parser.add_argument("--run-dir", type=Path, required=True)
     parser.add_argument("--owner-pid", type=int, required=True)
     options = parser.parse_args(arguments)
-    logging.basicConfig(format="%(asctime)s engine %(levelname)s %(name)s: %(message)s", level=logging.INFO)
+    configure_logging("engine")
     signal.signal(signal.SIGTERM, _stop_on_sigterm)
     signal.signal(signal.SIGINT, signal.SIG_IGN)
     bound_onednn_caches()
@@ -105,8 +123,8 @@ def main(arguments: Sequence[str] | None = None, core_factory: CoreFactory | Non
         if launch is None:
             raise LoadFailed(f"no launch settings in {str(run_directory.path)!r}")
         config = EngineConfig.from_parameters(launch.parameters)
-        # The run directory outlives this process: one that takes its place finds the adapters there.
-        load_core = core_factory or functools.partial(_load_core, adapter_folder=run_directory.path / "adapters")
+        configure_logging("engine", config.log_format, config.log_level)
+        load_core = core_factory or functools.partial(_load_core, run_directory=run_directory)
         core = load_core(config, status.progress)
         test_totals = _prove(core)
     except Exception as error:
@@ -133,6 +151,7 @@ def _prove(core: Core) -> dict[str, float]:
     logprobs = [row.logprob for delta in deltas for row in delta.logprobs or ()]
     if len(logprobs) != 1 or not math.isfinite(logprobs[0]):
         raise LoadFailed(f"the test generation gave {logprobs or 'nothing'} instead of one token's log-probability")
+    core.request_metrics.clear()
     return {name: value - before[name] for name, value in core.stats().items() if name.endswith("_total")}
 
 
@@ -150,12 +169,13 @@ def _serve(
     probation = Probation(run_directory.read_deaths(), run_directory.write_deaths)
     try:
         status.ready()
-        loop = EngineLoop(core, config, socket, epoch, board=board, probation=probation, test_totals=test_totals)
+        loop = EngineLoop(core, socket, epoch, board=board, probation=probation, test_totals=test_totals)
         loop.run()
     except Exception:
         traceback.print_exc()
         return 1
     finally:
+        core.close()
         socket.close()
         board.close()
     run_directory.remove()

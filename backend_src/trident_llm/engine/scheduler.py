@@ -17,6 +17,7 @@ from ..adapters.slots import AdapterSlots, SlotLoad
 from .block_events import FreeReason
 from .block_manager import BlockCopy, BlockManager, PrefixMatch
 from .fair_order import in_turn
+from .hold import Hold
 from .host_tier import HostCopies
 from .sequence import Sequence, Status
 
@@ -76,6 +77,7 @@ class Scheduler:
         """``sliding_window``: tokens a position attends to, itself included; None for all. ``slots``: of adapters;
         None where no sequence has any."""
         self.blocks = blocks
+        self.hold = Hold()
         self.slots = slots or AdapterSlots(0, lambda adapters: None)
         self.patience = patience
         self.sliding_window = sliding_window
@@ -97,7 +99,17 @@ class Scheduler:
     def add(self, seq: Sequence) -> None:
         for added in (seq, *seq.forks):
             self._added_at.setdefault(added, self.num_steps)
+            self.hold.added(added)
         bisect.insort(self.waiting, seq, key=lambda s: s.order)
+
+    def start_hold(self) -> None:
+        """Let what has begun finish, and nothing else begin, until ``hold.end``."""
+        self.hold.begin((*self.running, *self.waiting))
+
+    @property
+    def is_drained(self) -> bool:
+        """Whether nothing is left that may run."""
+        return not self.running and all(map(self.hold.keeps_waiting, self.waiting))
 
     def finish(self, seq: Sequence, reason: FreeReason = FreeReason.FINISHED) -> None:
         """Take a sequence out, whatever its state, and give its blocks back. Its forks start on their own."""
@@ -148,6 +160,8 @@ class Scheduler:
         for seq in in_turn(self.waiting, self.running):
             if budget == 0 or len(self.running) >= self.max_num_seqs or seq.num_pending:
                 break
+            if self.hold.keeps_waiting(seq):
+                continue
             if seq.waits_for is not None and self.blocks.still_waits(seq):
                 continue
             if seq.adapters and (slots_awaited or not self._has_slots(seq)):
@@ -208,7 +222,7 @@ class Scheduler:
             self.blocks.fork(parent, seq)
             self.slots.acquire(seq.adapters)
             seq.status, seq.started = Status.RUNNING, True
-            seq.num_cached_tokens = parent.num_cached_tokens
+            seq.num_cached_tokens, seq.started_at = parent.num_cached_tokens, parent.started_at
             self.running.append(seq)
         self._release_forks(parent)
         return forks
@@ -234,6 +248,8 @@ class Scheduler:
         """Put the oldest sequence before all others when it is overdue, and admit it, whatever must be preempted."""
         oldest = next(iter(self._added_at), None)
         if oldest is None or self.num_steps - self._added_at[oldest] <= self.patience:
+            return
+        if self.hold.keeps_waiting(oldest):
             return
         if oldest.status is Status.RUNNING:
             oldest.overdue = True
@@ -285,7 +301,7 @@ class Scheduler:
             seq.fetched_at = self.num_steps
         if not seq.started:
             self.blocks.count_query(seq, matched)
-            seq.started, seq.num_cached_tokens = True, seq.num_computed
+            seq.started, seq.num_cached_tokens, seq.started_at = True, seq.num_computed, time.monotonic()
         self.waiting.remove(seq)
         seq.status = Status.RUNNING
         self.running.append(seq)

@@ -56,7 +56,16 @@ class Sequence:
     """Whether the scalings of its tokens' adapters go with them, averaged over all modules."""
     wants_layer_scalings: bool = False
     """Whether they go with them layer by layer."""
+    calibration: bool = False
+    """Whether its tokens may be kept and calibrated on."""
     arrival_time: float = field(default_factory=time.monotonic)
+    requested_at: float = 0.0
+    """When its request reached a door; as all times on the monotonic clock."""
+    started_at: float = 0.0
+    """When its first step was scheduled."""
+    first_token_at: float = 0.0
+    last_token_at: float = 0.0
+    """Of those computed here; 0 before the first."""
     status: Status = Status.WAITING
     started: bool = False
     overdue: bool = False

@@ -119,6 +119,11 @@ class StepBuffers:
             for name, (dtype, offset, length) in _layout(sizes).offsets.items()
         }
 
+    def clear(self) -> None:
+        """Make all fields zeros, whatever sizes they are read with: positions, slots and tables that exist."""
+        for tensor in (self._arena, self._table_arena, self.block_tables):
+            tensor.zero_()
+
     def upload(self, sizes: StepSizes, values: Mapping[str, Sequence[Any]], tables: Sequence[Sequence[int]]) -> None:
         """Send a step. A field with fewer values than ``sizes`` says keeps zeros behind them, except that ``slots`` is
         filled with -1 (nothing is stored), ``sources``, ``penalty_slot`` and slots of tiles with -1 (none), and

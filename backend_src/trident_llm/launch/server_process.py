@@ -15,6 +15,7 @@ from pathlib import Path
 
 from ..errors import LoadFailed
 from ..server.model_config import ADMIN_TOKEN_VARIABLE
+from ..server.tracing import TRACE_HEADERS
 from .options import Options
 from .ports import Ports
 from .repository import PACKAGE_FOLDER
@@ -44,6 +45,7 @@ def server_command(
         "--log-verbose=0",
         "--allow-metrics=true",
         "--metrics-interval-ms=1000",
+        f"--grpc-header-forward-pattern={'|'.join(TRACE_HEADERS)}",
         f"--exit-timeout-secs={math.ceil(drain_timeout)}",
         f"--backend-config=python,shm-region-prefix-name={run.shared_memory_prefix}",
     ]

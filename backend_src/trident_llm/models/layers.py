@@ -25,6 +25,8 @@ class Linear:
     """
 
     __slots__ = ("_kernels", "_linear", "bias", "input_scales", "lora", "output_scales", "weight")
+    WEIGHTS = ("weight", "bias", "input_scales", "output_scales")
+    """Attributes that come from the model's weights."""
 
     weight: Any
     """As the device's kernels pack it."""

@@ -139,6 +139,21 @@ class LlamaDecoder:
                 held.update((id(tensor), tensor.nbytes) for tensor in tensors if tensor is not None)
         return sum(held.values())
 
+    def exchange_weights(self, other: LlamaDecoder) -> None:
+        """Give all weights to ``other``, a decoder of the same model, and take its own; a second call undoes it.
+
+        What adapters have put beside the linear layers stays where it is.
+        """
+        for (owner, name), (other_owner, _) in zip(self._held(), other._held(), strict=True):
+            mine, theirs = getattr(owner, name), getattr(other_owner, name)
+            setattr(owner, name, theirs)
+            setattr(other_owner, name, mine)
+
+    def release_weights(self) -> None:
+        """Hold none any more: nothing can be computed until ``exchange_weights``."""
+        for owner, name in self._held():
+            setattr(owner, name, None)
+
     def weight_targets(self) -> Iterator[WeightTarget]:
         """Every parameter, in the order of the checkpoint's names that stand for it."""
         config = self.config
@@ -156,6 +171,17 @@ class LlamaDecoder:
             for linear, prefix, out_features, in_features in _projections(self.config, layer, f"model.layers.{index}."):
                 parts = {prefix + name: size for name, size in out_features.items()}
                 yield AdaptableLinear(linear, parts, in_features)
+
+    def _held(self) -> Iterator[tuple[object, str]]:
+        """Owner and attribute of every weight."""
+        yield self, "embedding"
+        yield self, "final_norm"
+        linears = [self.head]
+        for layer in self.layers:
+            yield from ((layer, name) for name in ("input_norm", "post_attention_norm", "q_norm", "k_norm"))
+            linears += [layer.qkv, layer.o, layer.gate_up, layer.down]
+        for linear in linears:
+            yield from ((linear, name) for name in Linear.WEIGHTS)
 
     def _set_embedding(self, embedding: Tensor) -> None:
         self.embedding = embedding

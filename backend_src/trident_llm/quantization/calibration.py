@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import hashlib
 import json
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -23,6 +23,7 @@ SHIPPED = Path(__file__).parent / "data" / "calibration.jsonl"
 _KEY = "isq_calibration"
 _SHAPE = '{"text": "..."} or {"messages": [{"role": "...", "content": "..."}, ...]}'
 _CHAT_CHARS = 1 << 22
+_MAX_FILE_BYTES = 256 << 20
 _HELD_OUT = 4
 """One sample in so many is kept from calibration where a loss is to be measured."""
 
@@ -56,17 +57,24 @@ def load_samples(
     Raises ``BadRequest`` for a file that is missing, empty, binary or of another form, or too short for one sample.
     """
     path = Path(settings.file).expanduser() if settings.file else SHIPPED
-    length = min(settings.length, max_length)
     ids = [token for document in _documents(path, tokenizer) for token in document if token < vocab_size]
+    return cut_samples(ids, settings, f"{_KEY}: {str(path)!r}", max_length=max_length, held_out=held_out)
+
+
+def cut_samples(
+    ids: Sequence[int], settings: CalibrationSettings, what: str, *, max_length: int, held_out: bool
+) -> Samples:
+    """Samples evenly spread over ``ids``. Raises ``BadRequest`` that begins with ``what`` when there are too few."""
+    length = min(settings.length, max_length)
     available = len(ids) // length
     if available < (2 if held_out else 1):
         raise BadRequest(
-            f"{_KEY}: {str(path)!r} has {len(ids)} tokens; at least {length * (2 if held_out else 1)} are needed "
+            f"{what} has {len(ids)} tokens; at least {length * (2 if held_out else 1)} are needed "
             f"(isq_calibration_length {length}{', one sample to calibrate on and one to measure' if held_out else ''})"
         )
     wanted = min(settings.num_samples + (settings.num_samples // _HELD_OUT or 1) * held_out, available)
     starts = [index * (len(ids) - length) // max(wanted - 1, 1) for index in range(wanted)]
-    samples = torch.tensor([ids[start : start + length] for start in starts])
+    samples = torch.tensor([list(ids[start : start + length]) for start in starts])
     kept = torch.zeros(wanted, dtype=torch.bool)
     if held_out:
         kept[:: _HELD_OUT + 1] = True
@@ -86,6 +94,12 @@ def _documents(path: Path, tokenizer: Tokenizer) -> Iterator[list[int]]:
 
 def _read(path: Path) -> str:
     try:
+        # Devices and pipes have no end, or block.
+        if path.exists() and not path.is_file() and not path.is_dir():
+            raise BadRequest(f"{_KEY}: {str(path)!r} is no file; give a text or JSONL file")
+        if path.stat().st_size > _MAX_FILE_BYTES:
+            limit = f"at most {_MAX_FILE_BYTES >> 20} MiB"
+            raise BadRequest(f"{_KEY}: {str(path)!r} has {path.stat().st_size} bytes; give a file of {limit}")
         content = path.read_bytes()
     except OSError as error:
         problem = f"{str(path)!r} cannot be read ({error.strerror})"

@@ -60,7 +60,7 @@ def quantize_to_folder(config: EngineConfig, folder: Path, progress: Callable[[s
     decoder = LlamaDecoder(model_config, dtype=dtype, device=device, max_model_len=max_model_len)
     identity = files_identity(source.weight_files)
     report = quantization.load(decoder, reader, identity, progress)
-    cached = open_cache(quantization.cache_folder(decoder, identity), progress)
+    cached = open_cache(quantization.cache_folder(dtype, identity), progress)
     if cached is None:
         raise LoadFailed("the quantized weights could not be kept in the cache, from which the folder is written")
     progress(f"writing {folder}")

@@ -5,7 +5,7 @@ from __future__ import annotations
 import contextlib
 import dataclasses
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -18,8 +18,8 @@ from ..models.llama import LlamaDecoder
 from ..models.model_config import ModelConfig
 from ..models.weights import WeightReader
 from ..text import Tokenizer
-from .cache import cache_key, cache_root, open_cache
-from .calibration import CalibrationSettings, Samples, load_samples
+from .cache import CachedParameters, cache_key, cache_root, open_cache
+from .calibration import CalibrationSettings, Samples, cut_samples, load_samples
 from .installation import EMBEDDING, Installer
 from .methods import needs_calibration
 from .peak_memory import PeakMemory
@@ -95,11 +95,18 @@ class Quantization:
         )
         self._model_config = model_config
         self._samples: Samples | None = None
+        self._kept: CachedParameters | None = None
+        """What ``find_kept`` has found."""
+        self.samples_digest = ""
+        """Of the calibration text; empty without one."""
+
+    @property
+    def needs_calibration(self) -> bool:
+        return bool(self._max_loss) or any(map(needs_calibration, self._plan.values()))
 
     def read_calibration(self, tokenizer_folder: Path, max_model_len: int) -> None:
         """Raises ``BadRequest`` for an unusable calibration file, whether or not a method needs it."""
-        needed = self._max_loss or any(map(needs_calibration, self._plan.values()))
-        if self.enabled and (self._calibration.file or needed):
+        if self.enabled and (self._calibration.file or self.needs_calibration):
             self._samples = load_samples(
                 self._calibration,
                 Tokenizer(tokenizer_folder),
@@ -107,6 +114,24 @@ class Quantization:
                 max_length=max_model_len,
                 held_out=bool(self._max_loss),
             )
+            self.samples_digest = self._samples.digest
+
+    def calibrate_on(self, token_ids: Sequence[int], what: str, max_model_len: int) -> None:
+        """Take these in place of the file's text. Raises ``BadRequest`` that begins with ``what`` for too few."""
+        self._samples = cut_samples(
+            token_ids, self._calibration, what, max_length=max_model_len, held_out=bool(self._max_loss)
+        )
+        self.samples_digest = self._samples.digest
+
+    def find_kept(self, samples_digest: str, dtype: torch.dtype, weights_identity: str, progress: Progress) -> bool:
+        """Whether the disk has what was made on samples of this digest; then ``load`` needs no text."""
+        if not (self.enabled and self._caches):
+            return False
+        self.samples_digest = samples_digest
+        self._kept = open_cache(self.cache_folder(dtype, weights_identity), progress)
+        if self._kept is None:
+            self.samples_digest = ""
+        return self._kept is not None
 
     @torch.no_grad()
     def load(
@@ -114,8 +139,10 @@ class Quantization:
     ) -> QuantizationReport:
         """Fill ``decoder`` with quantized weights. weights_identity: a text that no other weights have."""
         began, peak = time.monotonic(), PeakMemory(decoder.device)
-        folder = self.cache_folder(decoder, weights_identity) if self._caches else None
-        cached = None if folder is None else open_cache(folder, progress)
+        folder = self.cache_folder(decoder.dtype, weights_identity) if self._caches else None
+        cached = self._kept
+        if cached is None and folder is not None:
+            cached = open_cache(folder, progress)
         if cached is not None:
             installer = Installer(decoder)
             installer.install(EMBEDDING, reader.read(EMBEDDING).clone())
@@ -146,15 +173,15 @@ class Quantization:
             "held_out_loss": loss,
         }
 
-    def cache_folder(self, decoder: LlamaDecoder, weights_identity: str) -> Path:
+    def cache_folder(self, dtype: torch.dtype, weights_identity: str) -> Path:
         """Where ``load`` keeps what it made of these weights."""
         parts = {
             "weights": weights_identity,
             "model": self._model_config,
-            "dtype": decoder.dtype,
+            "dtype": dtype,
             "plan": list(self._plan.items()),
             "pinned": sorted(self._pinned),
             "max_loss": self._max_loss,
-            "samples": self._samples.digest if self._samples else "",
+            "samples": self.samples_digest,
         }
         return cache_root() / cache_key(parts)

@@ -20,7 +20,7 @@ from .walk import QuantizedLinear, Walk
 
 Progress = Callable[[str], None]
 
-_SENSITIVITY_SAMPLES = 16
+SENSITIVITY_SAMPLES = 16
 
 
 class QuantizationRun:
@@ -73,7 +73,7 @@ class QuantizationRun:
             config,
             max_model_len=self._decoder.max_model_len,
             embedding=self._embedding,
-            samples=calibration[:: max(calibration.shape[0] // _SENSITIVITY_SAMPLES, 1)],
+            samples=calibration[:: max(calibration.shape[0] // SENSITIVITY_SAMPLES, 1)],
             progress=self._progress,
         )
         costs = sensitivity.measure(tried)

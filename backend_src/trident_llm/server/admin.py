@@ -9,15 +9,16 @@ from typing import Any
 import numpy as np
 import triton_python_backend_utils as pb_utils
 
-from ..adapters.commands import ADAPTER_COMMANDS, check_arguments
+from ..commands import ENGINE_COMMANDS, check_arguments
+from ..door_board import read_doors
 from ..errors import BadRequest
 from ..run_directory import RunDirectory
 from .engine_client import EngineClient
 from .responses import error_response
 
-COMMANDS = ("config", "health", "stats", *ADAPTER_COMMANDS)
+COMMANDS = ("config", "health", "stats", *ENGINE_COMMANDS)
 LOAD_TIMEOUT = 600.0
-"""Seconds that loading an adapter may take, a download included."""
+"""Seconds that loading an adapter may take, a download included. The check of a requantize takes a few at most."""
 
 
 class AdminDoor:
@@ -45,7 +46,7 @@ class AdminDoor:
         self._check_token(arguments.pop("admin_token", ""))
         if command not in COMMANDS:
             raise BadRequest(f"command: {command!r} is not allowed; give one of {', '.join(COMMANDS)}")
-        if command in ADAPTER_COMMANDS:
+        if command in ENGINE_COMMANDS:
             check_arguments(command, arguments)
             return self._client.command(command, arguments, timeout=LOAD_TIMEOUT)
         if arguments:
@@ -53,7 +54,10 @@ class AdminDoor:
         if command == "health":
             return {"ready": self._client.ready, "engine_restarts": self._client.num_restarts}
         result = self._client.command(command, {})
-        return {**result, "engine_restarts": self._client.num_restarts} if command == "stats" else result
+        if command != "stats":
+            return result
+        doors = read_doors(self._client.doors_folder)
+        return {**result, "engine_restarts": self._client.num_restarts, "doors": doors}
 
     def _check_token(self, given: object) -> None:
         launch = self._run_directory.read_launch()

@@ -16,6 +16,7 @@ from collections import deque
 from collections.abc import Callable
 from concurrent.futures import Future
 from concurrent.futures import TimeoutError as FutureTimeout
+from pathlib import Path
 from typing import Any
 
 import msgspec
@@ -29,6 +30,7 @@ from ..run_directory import EngineStatus, Launch, RunDirectory
 from ..step_board import read_num_places
 from .engine_watch import EngineWatch, FileLock, wait_for_end
 from .live_generations import LiveGenerations, Notify
+from .request_events import RequestEvents
 
 logger = logging.getLogger(__name__)
 
@@ -62,7 +64,8 @@ class EngineClient:
             run_directory, owner_pid=owner_pid, forget_deaths=launch is not None, log=log
         )
         self._owners_lock = FileLock(run_directory.owners_lock_path)
-        self._live = LiveGenerations()
+        self.events = RequestEvents()
+        self._live = LiveGenerations(self.events)
         self._outgoing: deque[ToEngine] = deque()
         self._commands: dict[int, Future[dict[str, Any]]] = {}
         self._command_ids = itertools.count(1)
@@ -86,6 +89,11 @@ class EngineClient:
     @property
     def num_restarts(self) -> int:
         return self._watch.num_restarts
+
+    @property
+    def doors_folder(self) -> Path:
+        """Where the boards of all doors to this engine are."""
+        return self._run_directory.doors_path
 
     def start(self) -> Welcome:
         """Start the engine if this door's model owns it, and wait until it is ready.
@@ -140,9 +148,8 @@ class EngineClient:
     def cancel(self, generation: Generation) -> None:
         """End ``generation`` with finish_reason "cancelled" and free what it holds in the engine."""
         with self.lock:
-            for abort in generation.cancel():
+            for abort in self._live.cancel(generation):
                 self._send(abort)
-            self._live.remove(generation)
 
     def command(self, name: str, arguments: dict[str, Any], timeout: float = 10.0) -> dict[str, Any]:
         """Run an administrative command in the engine. Raises ``Overloaded`` when it does not answer in time."""
@@ -176,6 +183,7 @@ class EngineClient:
         self._stop_thread()
         if status is not None:
             self._end_engine(status)
+        self.events.close()
         self._owners_lock.release()
 
     @property
@@ -201,6 +209,7 @@ class EngineClient:
             self._owners_lock.release()
             raise EngineFailed("the engine still runs with other settings; unload the model first, then load it")
         if present != launch:
+            self._run_directory.forget_requantized()
             self._run_directory.write_launch(launch)
 
     def _wait_until_connected(self) -> None:
@@ -325,6 +334,7 @@ class EngineClient:
     def _resubmit(self, welcome: Welcome) -> None:
         """Begin with a new engine process: it knows none of the live generations."""
         with self.lock:
+            self.events.attach(self.doors_folder)
             self.welcome = welcome
             self._failure = ""
             self._outgoing.extend(self._live.resubmit())

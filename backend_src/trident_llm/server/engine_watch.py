@@ -164,6 +164,7 @@ class EngineWatch:
         if status.state == "failed":
             if status.written_at < self._forget_deaths_before:
                 self._run_directory.write_deaths(Deaths())
+                self._run_directory.forget_requantized()
                 return True
             if self._run_directory.is_final(status):
                 return False

@@ -153,6 +153,7 @@ class IterativeDoor:
             self._begin(correlation_id, sequence)
             return _Carried(correlation_id, sequence, request, has_begun=True)
         except Exception as error:
+            self._client.events.refused(error, request.request_id())
             request.get_response_sender().send(error_response(error), flags=FINAL)
             return None
 
@@ -175,6 +176,7 @@ class IterativeDoor:
         if reply is not None:
             sender = item.request.get_response_sender()
             response = self._responses.build(item.sequence.delivery.generation, reply)
+            self._client.events.responded()
             if reply.is_final:
                 with self._sequences_lock:
                     self._sequences.pop(item.correlation_id, None)

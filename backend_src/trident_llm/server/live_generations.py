@@ -12,6 +12,7 @@ from dataclasses import dataclass
 from ..errors import EngineFailed, TridentError
 from ..generation import Generation
 from ..protocol import Abort, Delta, Submit
+from .request_events import RequestEvents
 
 logger = logging.getLogger(__name__)
 
@@ -36,7 +37,9 @@ class Applied:
 class LiveGenerations:
     """Keyed by the request id of each generation's latest submission."""
 
-    def __init__(self) -> None:
+    def __init__(self, events: RequestEvents) -> None:
+        """``events`` hears of every submission, and of every end."""
+        self._events = events
         self._live: dict[str, _Live] = {}
 
     def __len__(self) -> int:
@@ -61,6 +64,7 @@ class LiveGenerations:
             messages += self._feed(live, delta)
             if live.generation.finished:
                 del self._live[delta.request_id]
+                self._events.ended(live.generation)
             elif live.generation.needs_resubmit:
                 del self._live[delta.request_id]
                 messages.append(self._register(live))
@@ -75,13 +79,25 @@ class LiveGenerations:
         lives, self._live = list(self._live.values()), {}
         for live in lives:
             live.generation.fail(error)
+            self._events.ended(live.generation)
         return [live.notify for live in lives]
 
     def cancel_all(self) -> list[Abort]:
         lives, self._live = list(self._live.values()), {}
-        return [abort for live in lives for abort in live.generation.cancel()]
+        return [abort for live in lives for abort in self._cancel(live.generation)]
+
+    def cancel(self, generation: Generation) -> list[Abort]:
+        """End ``generation``, which may be live or suspended."""
+        self.remove(generation)
+        return self._cancel(generation)
+
+    def _cancel(self, generation: Generation) -> list[Abort]:
+        aborts = generation.cancel()
+        self._events.ended(generation)
+        return aborts
 
     def _register(self, live: _Live) -> Submit:
+        self._events.submitted(live.generation)
         submit = live.generation.submit()
         self._live[submit.request_id] = live
         return submit

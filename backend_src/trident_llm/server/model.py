@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import json
-import logging
 import os
 from typing import Any
 
@@ -11,6 +10,7 @@ import triton_python_backend_utils as pb_utils
 
 from ..config import EngineConfig
 from ..errors import BadRequest, TridentError
+from ..logs import configure_logging
 from ..options import LLM_DEFAULTS, VLLM_DEFAULTS
 from ..process_memory import freeze_loaded_objects
 from ..run_directory import Launch, RunDirectory
@@ -29,6 +29,7 @@ from .model_config import (
 )
 from .request import RequestReader
 from .streaming import StreamingDoor
+from .tracing import check_tracing
 
 
 class _Door:
@@ -36,7 +37,7 @@ class _Door:
 
     def initialize(self, args: dict[str, str]) -> None:
         """Connect to the engine, or start it, and wait until it is ready. Its error becomes the model's."""
-        logging.basicConfig(format=f"{args['model_instance_name']} %(levelname)s: %(message)s", level=logging.INFO)
+        configure_logging(args["model_instance_name"])
         model_config = json.loads(args["model_config"])
         parameters = parameters_of(model_config)
         engine_name = parameters.get(ENGINE_PARAMETER) or args["model_name"]
@@ -48,7 +49,12 @@ class _Door:
             self._client = EngineClient(
                 run_directory, launch=launch, owner_pid=owner_pid, log=pb_utils.Logger.log_info
             )
-            self._client.start()
+            welcome = self._client.start()
+            configure_logging(args["model_instance_name"], welcome.log_format, welcome.log_level)
+            if welcome.otlp_endpoint:
+                from .tracer import Tracer
+
+                self._client.events.tracer = Tracer(welcome.otlp_endpoint, welcome.model)
             self._door = self.open_door(model_config, run_directory)
         except TridentError as error:
             raise pb_utils.TritonModelException(str(error)) from None
@@ -57,7 +63,9 @@ class _Door:
 
     def launch(self, model_config: dict[str, Any], parameters: dict[str, str]) -> Launch:
         """How to start the engine that this model owns. Raises ``BadRequest`` naming a wrong setting."""
-        check_capacity(model_config, EngineConfig.from_parameters(parameters))
+        engine = EngineConfig.from_parameters(parameters)
+        check_capacity(model_config, engine)
+        check_tracing(engine.otlp_endpoint)
         return engine_launch(parameters)
 
     def open_door(self, model_config: dict[str, Any], run_directory: RunDirectory) -> Any:

@@ -16,6 +16,7 @@ from ..generation import Generation, decode_prompt
 from ..options import Defaults, RequestOptions
 from ..protocol import Welcome
 from ..text import Tokenizer
+from .tracing import TRACE_HEADERS
 
 PROMPT_INPUT = "text_input"
 _MICROSECONDS = 1_000_000
@@ -34,6 +35,7 @@ class RequestReader:
     def read(self, request: Any) -> Generation:
         """The generation that ``request`` asks for, not submitted yet. Raises ``BadRequest`` naming what is wrong."""
         raw = _parameters(request)
+        headers = {name: str(raw.pop(name)) for name in TRACE_HEADERS if name in raw}
         prompt = ""
         for tensor in request.inputs():
             if tensor.name() == PROMPT_INPUT:
@@ -48,7 +50,15 @@ class RequestReader:
             defaults=self._defaults,
         )
         request_id = f"{self._prefix}-{next(self._numbers)}"
-        return Generation(request_id, prompt, options, self._tokenizer, self._welcome)
+        return Generation(
+            request_id,
+            prompt,
+            options,
+            self._tokenizer,
+            self._welcome,
+            client_id=request.request_id(),
+            trace_context=_trace_context(request, headers) if self._welcome.otlp_endpoint else None,
+        )
 
 
 def _parameters(request: Any) -> dict[str, object]:
@@ -59,6 +69,12 @@ def _parameters(request: Any) -> dict[str, object]:
     if request.timeout():
         options.setdefault("timeout", request.timeout() / _MICROSECONDS)
     return options
+
+
+def _trace_context(request: Any, headers: dict[str, str]) -> dict[str, str] | None:
+    """The server's own span when it traces the request, else what its client sent; None without either."""
+    context = request.trace().get_context()
+    return (json.loads(context) if context else headers) or None
 
 
 def _tensor_value(tensor: Any) -> object:

@@ -60,6 +60,7 @@ class StreamingDoor:
                 self._client.check_room()
                 self._begin(_Stream(Delivery(self._reader.read(request)), sender, checked_at=time.monotonic()))
             except Exception as error:
+                self._client.events.refused(error, request.request_id())
                 sender.send(error_response(error), flags=FINAL)
 
     def close(self) -> None:
@@ -112,6 +113,7 @@ class StreamingDoor:
 
     def _send(self, stream: _Stream, reply: Reply) -> None:
         response = self._responses.build(stream.delivery.generation, reply)
+        self._client.events.responded()
         if reply.is_final:
             self._forget(stream)
             stream.sender.send(response, flags=FINAL)

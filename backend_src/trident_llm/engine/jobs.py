@@ -1,0 +1,79 @@
+"""Jobs: administrative work that outlasts the command that began it. Knows nothing of what the work is."""
+
+from __future__ import annotations
+
+import time
+import uuid
+from collections import OrderedDict
+from dataclasses import dataclass, field
+from typing import Any
+
+from ..errors import EngineFailed, NotFound, TridentError
+
+_KEPT = 32
+"""Jobs that are remembered."""
+
+
+@dataclass(eq=False)
+class Job:
+    """``tell`` may be called from any thread."""
+
+    command: str
+    id: str = field(default_factory=lambda: uuid.uuid4().hex[:12])
+    """Never used again, by later engines neither."""
+    state: str = "running"
+    """running, done or failed."""
+    progress: str = "starting"
+    """One line: what it is doing, or has done."""
+    error: str = ""
+    """Of a failed one, beginning with its code."""
+    began: float = field(default_factory=time.monotonic)
+    ended: float | None = None
+
+    def tell(self, progress: str) -> None:
+        self.progress = progress
+
+    def finish(self, progress: str) -> None:
+        self.state, self.progress, self.ended = "done", progress, time.monotonic()
+
+    def fail(self, error: Exception) -> None:
+        known = error if isinstance(error, TridentError) else EngineFailed(f"{type(error).__name__}: {error}")
+        self.state, self.error, self.ended = "failed", str(known), time.monotonic()
+
+    def describe(self) -> dict[str, Any]:
+        seconds = (time.monotonic() if self.ended is None else self.ended) - self.began
+        return {
+            "id": self.id,
+            "command": self.command,
+            "state": self.state,
+            "progress": self.progress,
+            "error": self.error,
+            "seconds": round(seconds, 3),
+        }
+
+
+class Jobs:
+    """Those of one engine process, the last ``_KEPT``. They end with it."""
+
+    def __init__(self) -> None:
+        self._jobs: OrderedDict[str, Job] = OrderedDict()
+
+    def begin(self, command: str) -> Job:
+        job = Job(command)
+        self._jobs[job.id] = job
+        while len(self._jobs) > _KEPT:
+            self._jobs.popitem(last=False)
+        return job
+
+    def find(self, job_id: str) -> Job:
+        """Raises ``NotFound``."""
+        job = self._jobs.get(job_id)
+        if job is None:
+            raise NotFound(
+                f"id: no job {job_id[:100]!r} in this engine process; the last {_KEPT} are kept, and none outlives it"
+            )
+        return job
+
+    def describe(self) -> list[dict[str, Any]]:
+        """All that are remembered, the newest first."""
+        return [job.describe() for job in reversed(self._jobs.values())]

@@ -1,0 +1,37 @@
+"""``trident openai``: the OpenAI-compatible gateway, which the extra ``gateway`` installs."""
+
+from __future__ import annotations
+
+import argparse
+import os
+from typing import Any
+
+from .errors import BadRequest
+
+
+def add_openai_command(commands: Any, epilog: str) -> None:
+    """Add ``openai`` to the subcommands of a parser."""
+    meaning = "serve OpenAI's API before one or several servers"
+    parser: argparse.ArgumentParser = commands.add_parser(
+        "openai", help=meaning, description=meaning, epilog=epilog, allow_abbrev=False
+    )
+    parser.add_argument("--host", default="127.0.0.1", help="address to listen on (%(default)s)")
+    parser.add_argument("--port", type=int, default=9000, help="port to listen on (%(default)s)")
+    parser.add_argument("--url", action="append", metavar="HOST:PORT",
+                        help="gRPC endpoint of a server (localhost:8001); may be repeated")  # fmt: skip
+    parser.add_argument("--api-key", default=os.environ.get("TRIDENT_API_KEY", ""), metavar="TEXT",
+                        help="what clients must send; default: TRIDENT_API_KEY, or none")  # fmt: skip
+    parser.add_argument("--admin-token", default=os.environ.get("TRIDENT_ADMIN_TOKEN", ""), metavar="TEXT",
+                        help="the servers' admin_token, to list adapters; default: TRIDENT_ADMIN_TOKEN")  # fmt: skip
+    parser.set_defaults(run_locally=_serve)
+
+
+def _serve(arguments: argparse.Namespace) -> int:
+    try:
+        from trident_gateway.command import serve
+    except ImportError as error:
+        raise BadRequest(f"openai: {error.name} is not installed: pip install 'trident-llm[gateway]'") from None
+    urls = arguments.url or ["localhost:8001"]
+    return serve(
+        urls, arguments.host, arguments.port, api_key=arguments.api_key, admin_token=arguments.admin_token
+    )

@@ -1,0 +1,159 @@
+"""``trident top``: what a server does right now, from its metrics and its admin door, in a terminal that refreshes."""
+
+from __future__ import annotations
+
+import argparse
+import collections
+import http.client
+import shutil
+import sys
+import time
+import urllib.request
+from collections.abc import Callable, Mapping, Sequence
+from typing import Any
+
+from .cli_adapters import MakeCommand
+from .client import TridentClient
+from .errors import BadRequest, Overloaded, TridentError
+from .metrics_text import Scrape, parse_metrics, quantile, since
+
+WINDOW = 30.0
+"""Seconds that rates and percentiles look back, at most."""
+_HOME, _CLEAR_BELOW, _CLEAR_LINE = "\x1b[H", "\x1b[J", "\x1b[K"
+_ALTERNATE, _NORMAL = "\x1b[?1049h\x1b[?25l", "\x1b[?25h\x1b[?1049l"
+_LATENCIES = (
+    ("first token", "time_to_first_token_seconds"),
+    ("per token", "time_per_output_token_seconds"),
+    ("whole request", "e2e_request_latency_seconds"),
+    ("in the queue", "request_queue_time_seconds"),
+)
+_MAX_ADAPTERS = 8
+
+
+def add_top_command(commands: Any, make: MakeCommand) -> None:
+    """Add ``top`` to the subcommands of a parser."""
+    top = make(commands, "top", "watch a server: streams, tokens/s, KV pool, cache, adapters, latencies", _top)
+    url = "http://localhost:8002/metrics"
+    top.add_argument("--metrics-url", default=url, metavar="URL", help="the metrics endpoint (%(default)s)")
+    top.add_argument("--interval", type=float, default=1.0, metavar="SECONDS", help="between two looks (%(default)s)")
+    top.add_argument("--once", action="store_true", help="print what there is after one interval, and end")
+    top.add_argument("--admin-token", default="", metavar="TEXT", help="the server's admin_token, where it has one")
+
+
+def _top(client: TridentClient, arguments: argparse.Namespace) -> int:
+    if not 0.1 <= arguments.interval <= WINDOW:
+        raise BadRequest(f"--interval: {arguments.interval:g} is not allowed; give seconds from 0.1 to {WINDOW:g}")
+    look = _Looker(client, arguments.metrics_url, arguments.timeout or 5.0)
+    if arguments.once:
+        look()
+        time.sleep(arguments.interval)
+        print(look(), flush=True)
+        return 0
+    print(_ALTERNATE, end="", flush=True)
+    try:
+        while True:
+            _show(look())
+            time.sleep(arguments.interval)
+    finally:
+        print(_NORMAL, end="", flush=True)
+
+
+def _show(frame: str) -> None:
+    """Paint ``frame`` over the last one, cut to the terminal."""
+    size = shutil.get_terminal_size()
+    lines = [line[: size.columns] for line in frame.splitlines()[: size.lines - 1]]
+    sys.stdout.write(_HOME + "".join(f"{line}{_CLEAR_LINE}\n" for line in lines) + _CLEAR_BELOW)
+    sys.stdout.flush()
+
+
+class _Looker:
+    """Each call makes a frame from a new scrape and those before it."""
+
+    def __init__(self, client: TridentClient, metrics_url: str, timeout: float) -> None:
+        self._client = client
+        self._url = metrics_url
+        self._timeout = timeout
+        self._scrapes: collections.deque[Scrape] = collections.deque()
+
+    def __call__(self) -> str:
+        now = parse_metrics(self._fetch(), time.monotonic())
+        self._scrapes.append(now)
+        while now.time - self._scrapes[0].time > WINDOW:
+            self._scrapes.popleft()
+        stats = self._ask(lambda: self._client.admin("stats", timeout=self._timeout))
+        adapters = self._ask(lambda: self._client.list_adapters(timeout=self._timeout))
+        return frame(self._scrapes[0], now, stats, adapters.get("adapters", []))
+
+    def _fetch(self) -> str:
+        try:
+            with urllib.request.urlopen(self._url, timeout=self._timeout) as response:
+                return str(response.read().decode(errors="replace"))
+        except ValueError as error:
+            raise BadRequest(f"--metrics-url: {self._url!r}: {error}") from None
+        except (OSError, http.client.HTTPException) as error:
+            raise Overloaded(f"no metrics at {self._url}: {error}") from None
+
+    def _ask(self, question: Callable[[], dict[str, Any]]) -> dict[str, Any]:
+        """Without an admin door, its token, or adapters, the metrics say enough."""
+        try:
+            return question()
+        except TridentError:
+            return {}
+
+
+def frame(before: Scrape, now: Scrape, stats: Mapping[str, Any], adapters: Sequence[Mapping[str, Any]]) -> str:
+    """What to show; rates and percentiles are of the time between the two scrapes."""
+    values, seconds = now.values, max(now.time - before.time, 1e-9)
+
+    def rate(name: str) -> float:
+        return max(values[name] - before.values[name], 0.0) / seconds
+
+    state = "ready" if values["engine_ready"] else "DOWN"
+    device = f"{stats['device']}, {stats['dtype']}" if "device" in stats else "-"
+    queries, hits = rate("prefix_cache_query_tokens_total"), rate("prefix_cache_hit_tokens_total")
+    lines = [
+        f"engine    {state}, {values['engine_restarts_total']:.0f} restarts   {device}   {_weights(values)}",
+        f"requests  {values['running_requests']:.0f} running, {values['waiting_requests']:.0f} waiting"
+        f"   {rate('requests_accepted_total'):.1f}/s in, {rate('requests_finished_total'):.1f}/s done, "
+        f"{rate('requests_refused_total'):.1f}/s refused, {rate('preemptions_total'):.1f}/s preempted",
+        f"tokens    {rate('output_tokens_total'):,.1f}/s out, {rate('prompt_tokens_total'):,.1f}/s in   "
+        f"{rate('steps_total'):,.1f} steps/s",
+        f"doors     {values['doors']:.0f} with {values['door_requests']:.0f} requests, "
+        f"{rate('door_responses_total'):,.1f} responses/s",
+        f"KV pool   {_bar(values['kv_blocks_used'], values['kv_blocks_total'])}, "
+        f"{values['kv_blocks_cached']:,.0f} cached",
+    ]
+    if values["host_blocks_total"]:
+        lines.append(f"host tier {_bar(values['host_blocks_used'], values['host_blocks_total'])}")
+    lines.append(f"cache     {f'{100 * hits / queries:.0f}% of prompt tokens' if queries else '-'}")
+    lines += ["", f"{'latency':<15}{'p50':>10}{'p90':>10}{'p99':>10}"]
+    for title, name in _LATENCIES:
+        recent = since(before.buckets.get(name, {}), now.buckets.get(name, {}))
+        cells = "".join(f"{_time(quantile(share, recent)):>10}" for share in (0.5, 0.9, 0.99))
+        lines.append(f"{title:<15}{cells}")
+    if adapters:
+        lines += ["", f"{'adapter':<24}{'users':>8}{'slot':>8}"]
+        busiest = sorted(adapters, key=lambda adapter: (-adapter["users"], adapter["name"]))
+        for adapter in busiest[:_MAX_ADAPTERS]:
+            slot = "-" if adapter["slot"] is None else adapter["slot"]
+            lines.append(f"{adapter['name']:<24}{adapter['users']:>8}{slot:>8}")
+        if len(busiest) > _MAX_ADAPTERS:
+            lines.append(f"and {len(busiest) - _MAX_ADAPTERS} more")
+    return "\n".join(lines)
+
+
+def _weights(values: Mapping[str, float]) -> str:
+    bits = f" ({values['quantized_bits']:.2f} bits)" if values["quantized_bits"] else ""
+    return f"weights {values['weights_bytes'] / 2**30:.2f} GiB{bits}"
+
+
+def _bar(used: float, total: float, width: int = 20) -> str:
+    share = used / total if total else 0.0
+    full = round(width * share)
+    return f"[{'#' * full}{'.' * (width - full)}] {100 * share:.0f}% of {total:,.0f} blocks"
+
+
+def _time(seconds: float | None) -> str:
+    if seconds is None:
+        return "-"
+    return f"{1000 * seconds:.1f} ms" if seconds < 1 else f"{seconds:.2f} s"

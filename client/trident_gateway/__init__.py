@@ -1,0 +1,1 @@
+"""An OpenAI-compatible HTTP gateway before the gRPC doors of one or several Trident servers."""
