@@ -92,7 +92,7 @@ def test_names_and_buckets_fit_prometheus():
         assert list(spec.buckets) == sorted(set(spec.buckets))
 
 
-def test_vllm_backends_metrics_are_all_there():
+def test_tokens_and_times_have_vllm_backends_names():
     theirs = """prompt_tokens_total generation_tokens_total time_to_first_token_seconds time_per_output_token_seconds
     e2e_request_latency_seconds request_prompt_tokens request_generation_tokens request_params_n"""
     assert set(theirs.split()) <= {spec.name for spec in METRICS}
