@@ -18,7 +18,7 @@ from pathlib import Path
 from typing import Any
 
 from client_pool import BenchFailed, ClientPool
-from engine_arguments import add_settings, engine_settings
+from engine_arguments import add_settings, engine_settings, names_of, positive
 from results_file import RESULTS, ResultsFile, device_name
 from served_model import ServedModel, end_through_contexts, environment_of_checkout
 from server_workloads import SERVER_WORKLOADS, ServerBench
@@ -107,11 +107,11 @@ def parse_arguments() -> argparse.Namespace:
     parser.add_argument("--name", required=True, help="the model's name in the results")
     parser.add_argument("--variant", default="bf16")
     add_settings(parser)
-    parser.add_argument("--workloads", default=list(SERVER_WORKLOADS), type=_workloads, metavar="NAME,...",
-                        help=f"of {', '.join(SERVER_WORKLOADS)}")  # fmt: skip
-    parser.add_argument("--runs", type=_positive, default=3)
-    parser.add_argument("--doors", type=_positive, default=8, help="instances of the model llm (default: 8)")
-    parser.add_argument("--clients", type=_positive, default=default_clients(),
+    parser.add_argument("--workloads", default=list(SERVER_WORKLOADS), type=names_of(SERVER_WORKLOADS),
+                        metavar="NAME,...", help=f"of {', '.join(SERVER_WORKLOADS)}")  # fmt: skip
+    parser.add_argument("--runs", type=positive, default=3)
+    parser.add_argument("--doors", type=positive, default=8, help="instances of the model llm (default: 8)")
+    parser.add_argument("--clients", type=positive, default=default_clients(),
                         help="client processes (default: half the cores, at most 8)")  # fmt: skip
     parser.add_argument("--out", type=Path, default=RESULTS / "server.jsonl")
     parser.add_argument("--engine-results", type=Path, default=RESULTS / "engine.jsonl",
@@ -124,20 +124,6 @@ def parse_arguments() -> argparse.Namespace:
 
 def default_clients() -> int:
     return max(1, min(8, len(os.sched_getaffinity(0)) // 2))
-
-
-def _workloads(text: str) -> list[str]:
-    names = text.split(",")
-    unknown = [name for name in names if name not in SERVER_WORKLOADS]
-    if unknown:
-        raise argparse.ArgumentTypeError(f"{unknown[0]!r} is not one of {', '.join(SERVER_WORKLOADS)}")
-    return names
-
-
-def _positive(text: str) -> int:
-    if not text.isdecimal() or int(text) < 1:
-        raise argparse.ArgumentTypeError(f"{text!r} is not an integer of at least 1")
-    return int(text)
 
 
 if __name__ == "__main__":

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import argparse
+from collections.abc import Callable, Collection
 from pathlib import Path
 
 from results_file import RESULTS
@@ -34,3 +35,23 @@ def _setting(text: str) -> tuple[str, str]:
 def engine_settings(args: argparse.Namespace) -> dict[str, str]:
     """What ``--set`` asked for."""
     return dict(args.set)
+
+
+def positive(text: str) -> int:
+    """An argparse type."""
+    if not text.isdecimal() or int(text) < 1:
+        raise argparse.ArgumentTypeError(f"{text!r} is not an integer of at least 1")
+    return int(text)
+
+
+def names_of(known: Collection[str]) -> Callable[[str], list[str]]:
+    """An argparse type: names with commas between, all of them known."""
+
+    def parse(text: str) -> list[str]:
+        names = text.split(",")
+        unknown = [name for name in names if name not in known]
+        if unknown:
+            raise argparse.ArgumentTypeError(f"{unknown[0]!r} is not one of {', '.join(known)}")
+        return names
+
+    return parse

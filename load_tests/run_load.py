@@ -25,7 +25,7 @@ from pathlib import Path
 
 from bench_server import default_clients
 from client_pool import BenchFailed
-from engine_arguments import add_settings, engine_settings
+from engine_arguments import add_settings, engine_settings, names_of, positive
 from load_plan import PLAN, PLAN_VARIABLE
 from load_records import MOMENTS, RUN
 from load_report import report
@@ -194,10 +194,10 @@ def _tail(log: Path) -> str:
 def parse_arguments() -> argparse.Namespace:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     add = parser.add_argument
-    add("--profile", type=_profiles, default=["smoke"], metavar="NAME,...",
+    add("--profile", type=names_of(PROFILES), default=["smoke"], metavar="NAME,...",
         help=f"run one after another: {', '.join(PROFILES)} (default: smoke)")  # fmt: skip
-    add("--run-time", type=_positive, metavar="SECONDS", help="of each profile with all users (default: as it says)")
-    add("--processes", type=_positive, default=default_clients(), metavar="N",
+    add("--run-time", type=positive, metavar="SECONDS", help="of each profile with all users (default: as it says)")
+    add("--processes", type=positive, default=default_clients(), metavar="N",
         help="client processes (default: half the cores, at most 8)")  # fmt: skip
     add("--report", type=Path, metavar="FOLDER", help="for a folder of each profile (default: one in build/load)")
     add("--host", metavar="HOST:PORT", help="gRPC endpoint of a running server; otherwise one is started")
@@ -207,7 +207,7 @@ def parse_arguments() -> argparse.Namespace:
     add("--name", help="the model's name in results and pictures (default: the model's)")
     add("--variant", default="bf16", help="in the results (default: bf16)")
     add_settings(parser)
-    add("--doors", type=_positive, metavar="N", help="instances of the model llm (default: as its config.pbtxt says)")
+    add("--doors", type=positive, metavar="N", help="instances of the model llm (default: as its config.pbtxt says)")
     add("--out", type=Path, default=RESULTS / "load.jsonl")
     add("--start-timeout", type=float, default=300.0, metavar="SECONDS")
     args = parser.parse_args()
@@ -217,20 +217,6 @@ def parse_arguments() -> argparse.Namespace:
     now = datetime.datetime.now().strftime("%Y-%m-%d-%H%M%S")
     args.report = (args.report or ROOT / "build/load" / now).resolve()
     return args
-
-
-def _profiles(text: str) -> list[str]:
-    names = text.split(",")
-    unknown = [name for name in names if name not in PROFILES]
-    if unknown:
-        raise argparse.ArgumentTypeError(f"{unknown[0]!r} is not one of {', '.join(PROFILES)}")
-    return names
-
-
-def _positive(text: str) -> int:
-    if not text.isdecimal() or int(text) < 1:
-        raise argparse.ArgumentTypeError(f"{text!r} is not an integer of at least 1")
-    return int(text)
 
 
 if __name__ == "__main__":

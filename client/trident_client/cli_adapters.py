@@ -3,14 +3,10 @@
 from __future__ import annotations
 
 import argparse
-import json
-from collections.abc import Callable, Mapping, Sequence
 from typing import Any
 
+from .cli_output import MakeCommand, print_answer, table
 from .client import TridentClient
-
-MakeCommand = Callable[[Any, str, str, Any], argparse.ArgumentParser]
-"""Commands, name, meaning, and what runs it."""
 
 _COLUMNS = ("name", "generation", "rank", "modules", "bytes", "slot", "users", "source")
 
@@ -37,38 +33,22 @@ def add_adapter_commands(commands: Any, make: MakeCommand) -> None:
 
 def _load(client: TridentClient, arguments: argparse.Namespace) -> int:
     loaded = client.load_adapter(arguments.name, arguments.path, pinned=arguments.pinned, timeout=arguments.timeout)
-    return _print(loaded, arguments, f"loaded {loaded['name']}, generation {loaded['generation']}")
+    return print_answer(loaded, arguments, f"loaded {loaded['name']}, generation {loaded['generation']}")
 
 
 def _load_xlora(client: TridentClient, arguments: argparse.Namespace) -> int:
     loaded = client.load_xlora(arguments.path, name=arguments.name, timeout=arguments.timeout)
-    names = ", ".join(loaded["adapters"])
-    return _print(loaded, arguments, f"loaded {loaded['name']}, generation {loaded['generation']}, a mix of {names}")
+    members = ", ".join(loaded["adapters"])
+    text = f"loaded {loaded['name']}, generation {loaded['generation']}, a mix of {members}"
+    return print_answer(loaded, arguments, text)
 
 
 def _unload(client: TridentClient, arguments: argparse.Namespace) -> int:
     gone = client.unload_adapter(arguments.name, timeout=arguments.timeout)
-    return _print(gone, arguments, f"unloaded {gone['name']}; {gone['users']} running requests still use it")
+    return print_answer(gone, arguments, f"unloaded {gone['name']}; {gone['users']} running requests still use it")
 
 
 def _list(client: TridentClient, arguments: argparse.Namespace) -> int:
     listed = client.list_adapters(timeout=arguments.timeout)
     mixes = [f"mix {mix['name']}: {', '.join(mix['adapters'])}" for mix in listed["mixes"]]
-    return _print(listed, arguments, "\n".join([adapters_table(listed["adapters"]), *mixes]))
-
-
-def _print(answer: Mapping[str, Any], arguments: argparse.Namespace, text: str) -> int:
-    print(json.dumps(answer, indent=2) if arguments.json else text, flush=True)
-    return 0
-
-
-def adapters_table(adapters: Sequence[Mapping[str, Any]]) -> str:
-    """One line per adapter under a line of headings."""
-    rows = [_COLUMNS, *(tuple(_cell(adapter[column]) for column in _COLUMNS) for adapter in adapters)]
-    widths = [max(len(row[index]) for row in rows) for index in range(len(_COLUMNS))]
-    lines = ["  ".join(cell.ljust(width) for cell, width in zip(row, widths, strict=True)).rstrip() for row in rows]
-    return "\n".join(lines)
-
-
-def _cell(value: Any) -> str:
-    return "-" if value is None else str(value)
+    return print_answer(listed, arguments, "\n".join([table(_COLUMNS, listed["adapters"]), *mixes]))

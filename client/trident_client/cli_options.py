@@ -1,4 +1,4 @@
-"""The server's request options as arguments of the command line. Which values they take is the server's to say."""
+"""Request options and settings as arguments of the command line. Which values they take is the server's to say."""
 
 from __future__ import annotations
 
@@ -48,6 +48,14 @@ def add_options(parser: argparse.ArgumentParser) -> None:
         metavar="NAME=VALUE",
         help="any other request option; may be repeated",
     )
+
+
+def add_isq_settings(parser: argparse.ArgumentParser, meaning: str) -> None:
+    """Add ``--set``, which means ``meaning``, and short forms of the settings of quantization that are given most."""
+    parser.add_argument("--method", metavar="NAME", help="short for --set isq_method=NAME")
+    parser.add_argument("--bits", metavar="NUMBER", help="short for --set isq_bits=NUMBER")
+    parser.add_argument("--group-size", metavar="SIZE", help="short for --set isq_group_size=SIZE")
+    parser.add_argument("--set", action="append", type=assignment, default=[], metavar="NAME=VALUE", help=meaning)
 
 
 def given_options(arguments: argparse.Namespace) -> dict[str, Any]:

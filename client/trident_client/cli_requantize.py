@@ -3,19 +3,16 @@
 from __future__ import annotations
 
 import argparse
-import json
 import sys
 import time
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable
 from typing import Any
 
-from .cli_options import assignment
+from .cli_options import add_isq_settings
+from .cli_output import MakeCommand, print_answer, table
 from .client import TridentClient
 from .deadline import Deadline
 from .errors import BadRequest, parse_error
-
-MakeCommand = Callable[[Any, str, str, Any], argparse.ArgumentParser]
-"""Commands, name, meaning, and what runs it."""
 
 _POLL_SECONDS = 0.5
 _COLUMNS = ("id", "command", "state", "seconds", "progress", "error")
@@ -34,13 +31,7 @@ def add_requantize_commands(commands: Any, make: MakeCommand) -> None:
     apply = make(actions, "apply", "requantize, calibrated on what was kept, and forget it", _apply)
     jobs = make(commands, "jobs", "print the jobs that have changed weights, or are about to", _jobs)
     for parser in (requantize, apply):
-        parser.add_argument("--method", metavar="NAME", help="short for --set isq_method=NAME")
-        parser.add_argument("--bits", metavar="NUMBER", help="short for --set isq_bits=NUMBER")
-        parser.add_argument("--group-size", metavar="SIZE", help="short for --set isq_group_size=SIZE")
-        parser.add_argument(
-            "--set", action="append", type=assignment, default=[], metavar="NAME=VALUE",
-            help="a setting isq_...; may be repeated; without a value its default",
-        )  # fmt: skip
+        add_isq_settings(parser, "a setting isq_...; may be repeated; without a value its default")
         parser.add_argument("--no-wait", action="store_true", help="print the job and leave; the server goes on")
     for parser in (requantize, start, stop, apply, jobs):
         parser.add_argument("--json", action="store_true", help="print the answer as JSON")
@@ -64,18 +55,18 @@ def _start(client: TridentClient, arguments: argparse.Namespace) -> int:
     limits = {"max_samples": arguments.max_samples, "max_length": arguments.max_length}
     given = {name: value for name, value in limits.items() if value is not None}
     started = client.calibrate("start", timeout=arguments.timeout, **given)
-    return _print(started, arguments, "collecting tokens of requests with the option calibration")
+    return print_answer(started, arguments, "collecting tokens of requests with the option calibration")
 
 
 def _stop(client: TridentClient, arguments: argparse.Namespace) -> int:
     kept = client.calibrate("stop", timeout=arguments.timeout)
     text = f"{kept['tokens']} tokens kept, of {kept['samples']} of {kept['requests']} requests"
-    return _print(kept, arguments, text)
+    return print_answer(kept, arguments, text)
 
 
 def _jobs(client: TridentClient, arguments: argparse.Namespace) -> int:
     listed = client.jobs(timeout=arguments.timeout)
-    return _print({"jobs": listed}, arguments, jobs_table(listed))
+    return print_answer({"jobs": listed}, arguments, table(_COLUMNS, listed))
 
 
 def _settings(arguments: argparse.Namespace) -> dict[str, str]:
@@ -90,7 +81,7 @@ def _follow(
     deadline = Deadline.after(arguments.timeout)
     job, told = begin(deadline.remaining()), ""
     if arguments.no_wait:
-        return _print(job, arguments, f"job {job['id']}; trident jobs tells how it stands")
+        return print_answer(job, arguments, f"job {job['id']}; trident jobs tells how it stands")
     print(f"job {job['id']}", file=sys.stderr)
     while job["state"] == "running":
         if job["progress"] != told:
@@ -100,17 +91,4 @@ def _follow(
         job = client.job(job["id"], timeout=deadline.remaining())
     if job["state"] == "failed":
         raise parse_error(job["error"])
-    return _print(job, arguments, f"done in {job['seconds']:.1f} s: {job['progress']}")
-
-
-def _print(answer: Mapping[str, Any], arguments: argparse.Namespace, text: str) -> int:
-    print(json.dumps(answer, indent=2) if arguments.json else text, flush=True)
-    return 0
-
-
-def jobs_table(jobs: Sequence[Mapping[str, Any]]) -> str:
-    """One line per job under a line of headings."""
-    rows = [_COLUMNS, *(tuple(str(job[column]) for column in _COLUMNS) for job in jobs)]
-    widths = [max(len(row[index]) for row in rows) for index in range(len(_COLUMNS))]
-    lines = ["  ".join(cell.ljust(width) for cell, width in zip(row, widths, strict=True)).rstrip() for row in rows]
-    return "\n".join(lines)
+    return print_answer(job, arguments, f"done in {job['seconds']:.1f} s: {job['progress']}")

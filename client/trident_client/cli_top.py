@@ -12,7 +12,7 @@ import urllib.request
 from collections.abc import Callable, Mapping, Sequence
 from typing import Any
 
-from .cli_adapters import MakeCommand
+from .cli_output import MakeCommand
 from .client import TridentClient
 from .errors import BadRequest, Overloaded, TridentError
 from .metrics_text import Scrape, parse_metrics, quantile, since

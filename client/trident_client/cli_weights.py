@@ -7,7 +7,7 @@ import importlib
 from collections.abc import Callable
 from typing import Any
 
-from .cli_options import assignment
+from .cli_options import add_isq_settings
 from .errors import EngineFailed, parse_error
 
 
@@ -25,12 +25,7 @@ def _command(commands: Any, name: str, meaning: str, epilog: str) -> argparse.Ar
         name, help=meaning, description=meaning, epilog=epilog, allow_abbrev=False
     )
     parser.add_argument("model", metavar="MODEL", help="Hugging Face id, or a local folder or .gguf file")
-    parser.add_argument("--method", metavar="NAME", help="short for --set isq_method=NAME")
-    parser.add_argument("--bits", metavar="NUMBER", help="short for --set isq_bits=NUMBER")
-    parser.add_argument("--group-size", metavar="SIZE", help="short for --set isq_group_size=SIZE")
-    parser.add_argument(
-        "--set", action="append", type=assignment, default=[], metavar="NAME=VALUE", help="a setting; may be repeated"
-    )
+    add_isq_settings(parser, "a setting; may be repeated")
     parser.set_defaults(run_locally=_runner(name))
     return parser
 

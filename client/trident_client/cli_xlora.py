@@ -3,17 +3,16 @@
 from __future__ import annotations
 
 import argparse
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 from .cli_options import add_options, given_options
+from .cli_output import MakeCommand
 from .client import TridentClient
 from .errors import BadRequest
 from .results import Chunk
-
-MakeCommand = Callable[[Any, str, str, Any], argparse.ArgumentParser]
 
 
 @dataclass(frozen=True)
