@@ -178,10 +178,10 @@ def test_timeout_cancels(fake_server: LiveServer, model: str):
 def test_64_streams_at_once(fake_server: LiveServer, model: str):
     def run(index: int) -> str:
         with GrpcStream(fake_server, model) as stream:
-            stream.submit(f"prompt {index}", stream=True, max_tokens=100)
+            stream.submit(f"prompt {index}", stream=True, max_tokens=400)
             return text_of(stream.until_final())
 
-    assert run_threads(64, run) == [expected_text(f"prompt {index}", 100) for index in range(64)]
+    assert run_threads(64, run) == [expected_text(f"prompt {index}", 400) for index in range(64)]
     assert admin(fake_server, "stats")["peak_running_requests"] >= 64
     assert seconds_until_free(fake_server, 1.0) < 1.0
 
