@@ -1,10 +1,33 @@
 # syntax=docker/dockerfile:1
-# Trident in NVIDIA's Triton server container.
+# Two images. Trident in NVIDIA's Triton server container; its arguments are those of scripts/serve:
 #   docker build -t trident .
 #   docker run --init --gpus all --shm-size 1g -p 8000-8002:8000-8002 -e TRIDENT_ADMIN_TOKEN=... trident --model ID
-# Arguments are those of scripts/serve. 26.07 is Ubuntu 24.04 with Python 3.12; PyTorch and its CUDA libraries come from
-# constraints.txt. A release from 25.08 on has the security fixes that older servers lack.
-FROM nvcr.io/nvidia/tritonserver:26.07-py3
+# The OpenAI gateway, which needs neither a GPU nor the engine; its arguments are those of trident openai:
+#   docker build --target gateway -t trident-gateway .
+#   docker run --init -p 9000:9000 -e TRIDENT_API_KEY=... trident-gateway --url HOST:8001
+
+FROM python:3.12.12-slim-bookworm AS gateway
+WORKDIR /opt/trident
+COPY pyproject.toml constraints.txt LICENSE README.md ./
+COPY client client
+RUN --mount=type=cache,target=/root/.cache/pip \
+    python -m venv .venv \
+    && .venv/bin/pip install -c constraints.txt ".[gateway]"
+USER 1000:1000
+ENV PYTHONUNBUFFERED=1
+EXPOSE 9000
+
+HEALTHCHECK --interval=10s --timeout=5s --start-period=20s --retries=3 \
+    CMD ["/opt/trident/.venv/bin/python", "-c", \
+         "import urllib.request as u; u.urlopen('http://127.0.0.1:9000/health', timeout=4)"]
+
+# Without TRIDENT_API_KEY it refuses to listen beyond the container and says so.
+ENTRYPOINT ["/opt/trident/.venv/bin/trident", "openai", "--host", "0.0.0.0"]
+CMD []
+
+# 26.07 is Ubuntu 24.04 with Python 3.12; PyTorch and its CUDA libraries come from constraints.txt. A release from 25.08
+# on has the security fixes that older servers lack. The last stage is what is built unless a target is named.
+FROM nvcr.io/nvidia/tritonserver:26.07-py3 AS server
 
 # The Python of the container, so that the server's own Python backend fits. Its version is the base image's.
 # hadolint ignore=DL3008
@@ -24,11 +47,13 @@ RUN --mount=type=cache,target=/root/.cache/pip \
 COPY scripts scripts
 COPY model_repository model_repository
 
-# The base image's user triton-server, by number, so that Kubernetes can see that it is not root. Downloaded models go to a
-# folder that can be mounted.
+# The base image's user triton-server, by number, so that Kubernetes can see that it is not root. What is dear to make goes
+# to a folder that can be mounted: downloaded models, quantized weights, compiled kernels.
 RUN install --directory --owner 1000 --group 1000 /var/cache/trident
 USER 1000:1000
 ENV HF_HOME=/var/cache/trident/huggingface \
+    XDG_CACHE_HOME=/var/cache/trident \
+    TRITON_CACHE_DIR=/var/cache/trident/kernels \
     TRIDENT_PYTHON=/opt/trident/.venv/bin/python \
     PYTHONUNBUFFERED=1
 VOLUME /var/cache/trident

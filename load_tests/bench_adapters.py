@@ -34,11 +34,12 @@ def main() -> None:
     parser.add_argument("--streams", type=int, default=64)
     parser.add_argument("--new-tokens", type=int, default=256)
     parser.add_argument("--runs", type=int, default=3)
+    parser.add_argument("--parts", nargs="*", choices=_PARTS, default=list(_PARTS))
     args = parser.parse_args()
     settings = {"prefix_caching": "false", "max_lora_rank": str(RANK), **engine_settings(args)}
     with tempfile.TemporaryDirectory() as folder:
-        _bench_lora(args, settings, Path(folder))
-        _bench_mixes(args, settings, Path(folder))
+        for part in args.parts:
+            _PARTS[part](args, settings, Path(folder))
 
 
 def _bench_lora(args, settings: dict[str, str], folder: Path) -> None:
@@ -144,6 +145,9 @@ def _add(bench: Bench, streams: int, adapters: Sequence[str], new_tokens: int, x
         changed = msgspec.structs.replace(submit, adapter=adapters[index % len(adapters)], xlora=xlora)
         bench.core.add(changed)
     return {submit.request_id for submit in submits}
+
+
+_PARTS = {"lora": _bench_lora, "xlora": _bench_mixes}
 
 
 if __name__ == "__main__":

@@ -2,9 +2,10 @@
 
     python load_tests/soak.py --minutes 30
 
-The same requests go to a second server with an echo model, because the Triton server's own memory grows, too. Each
-minute the load pauses, and both servers are looked at when nothing runs. Ends with code 1 when a check fails; results
-go to load_tests/results/soak.jsonl.
+The same requests go to a second server with an echo model, because the Triton server's own memory grows, too. Both are
+warmed up with bursts and a higher rate, so that the minutes that count do not bring more at once than those before.
+Each minute the load pauses, and both servers are looked at when nothing runs. Ends with code 1 when a check fails;
+results go to load_tests/results/soak.jsonl.
 """
 
 from __future__ import annotations
@@ -47,6 +48,8 @@ NUM_ADAPTERS = 4
 """One more than there are slots for, so that slots change hands."""
 QUIET_SECONDS = 20.0
 """How long a server may take to free everything after its last request has ended."""
+WARM_UP_SHARE = 0.7
+"""Rounds that begin within this share of the warm-up have more requests: one before its end has as many as later."""
 SETTLE_SECONDS = 2.0
 """From the last request's end to a sample: connections that clients closed are gone by then."""
 
@@ -89,12 +92,12 @@ class Soak:
         self.samples: list[Sample] = []
         self._began = time.monotonic()
 
-    async def round(self, seconds: float) -> None:
+    async def round(self, seconds: float, *, warm_up: bool) -> None:
         """Load for ``seconds``, then a sample when nothing runs."""
         ended = asyncio.Event()
         watch = asyncio.create_task(self._watch_pool(ended))
         try:
-            await self.load.run(seconds)
+            await self.load.run(seconds, warm_up=warm_up)
         finally:
             # Not cancelled: servers before 25.01 can break when a call that is just beginning is.
             ended.set()
@@ -169,9 +172,10 @@ async def soak(args: argparse.Namespace) -> tuple[Soak, Soak]:
 
 
 async def _rounds(args: argparse.Namespace, soaks: list[Soak]) -> None:
-    end = time.monotonic() + 60 * args.minutes
-    while (left := end - time.monotonic()) > 0:
-        await asyncio.gather(*(one.round(min(left, args.interval)) for one in soaks))
+    began = time.monotonic()
+    while (left := began + 60 * args.minutes - time.monotonic()) > 0:
+        warm_up = time.monotonic() - began < 60 * args.warmup * WARM_UP_SHARE
+        await asyncio.gather(*(one.round(min(left, args.interval), warm_up=warm_up) for one in soaks))
         print(f"{soaks[0].samples[-1].minutes:6.1f} min: {sum(soaks[0].load.kinds.values())} requests, "
               f"{soaks[0].load.errors.total()} errors; "
               + ", ".join(f"{name} {getattr(soaks[0].samples[-1], name):.1f}" for name in RSS)

@@ -24,6 +24,8 @@ REQUEST_SECONDS = 120.0
 """A request that takes longer counts as hung."""
 MAX_LIVE = 48
 """Requests of one load at a time; what comes later waits in the client."""
+WARM_UP_TIMES = 4.0
+"""How much more often than later requests come in a warm-up."""
 _WORDS = ["time", "year", "people", "way", "day", "man", "thing", "woman", "life", "child", "été", "日本", "🙂"]
 _SHARED = [" ".join(random.Random(index).choices(_WORDS, k=120)) for index in range(8)]
 """Beginnings that many prompts share."""
@@ -83,12 +85,17 @@ class Load:
     def client(self) -> AsyncTridentClient:
         return self._client
 
-    async def run(self, seconds: float) -> None:
-        """Send requests for ``seconds``, and return when all have ended."""
+    async def run(self, seconds: float, *, warm_up: bool = False) -> None:
+        """Send requests for ``seconds``, and return when all have ended.
+
+        ``warm_up``: as many at once as there may ever be, and then more often than otherwise.
+        """
         end = time.monotonic() + seconds
-        sent = []
+        at_once, rate = (MAX_LIVE, WARM_UP_TIMES * self.rate) if warm_up else (0, self.rate)
+        sent: list[asyncio.Task[None]] = []
         while time.monotonic() < end:
-            await asyncio.sleep(self._rng.expovariate(self.rate))
+            if len(sent) >= at_once:
+                await asyncio.sleep(self._rng.expovariate(rate))
             kind = self._rng.choices(list(self._weights), list(self._weights.values()))[0]
             # Drawn here, so that both servers of a soak get the same requests whatever their speed.
             rng = random.Random(self._rng.getrandbits(64))

@@ -23,6 +23,7 @@ import torch
 from gpu_timing import graph_ms, matmul_rate, read_bandwidth
 from kernel_problems import LINEAR_SHAPES, Decode, Linear, Prefill, QuantizedLinear
 from lora_problem import Lora
+from row_problems import NormRows, SiluRows
 
 from trident_llm.kernels.decode_attention import DecodeConfig
 from trident_llm.kernels.lora import LoraConfig
@@ -30,7 +31,10 @@ from trident_llm.kernels.matrix_vector import MatrixVectorConfig
 from trident_llm.kernels.prefill_attention import PrefillConfig
 from trident_llm.kernels.quantized_matmul import QuantizedConfig
 from trident_llm.kernels.quantized_vector import VectorConfig
+from trident_llm.kernels.rms_norm import NormConfig
+from trident_llm.kernels.silu_and_quantize import SiluConfig
 from trident_llm.kernels.skinny_matmul import SkinnyConfig
+from trident_llm.kernels.unpack_weight import UnpackConfig
 
 _MAX_ERROR = 1e-2
 
@@ -51,7 +55,9 @@ def candidates() -> Iterator[Candidate]:
     yield from _matrix_vector()
     yield from _skinny()
     yield from _quantized()
+    yield from _unpack()
     yield from _scaled()
+    yield from _rows()
     yield from _lora()
 
 
@@ -147,7 +153,13 @@ def _quantized() -> Iterator[Candidate]:
                 yield Candidate("quantized", problem, ("vector", VectorConfig(*config)))
         else:
             yield Candidate("quantized", problem, ("quantized", QuantizedConfig(64, max(rows, 16), 32, 4, 4)))
-    yield Candidate("quantized", QuantizedLinear("gate_up", 1), ("unpack", None))
+
+
+def _unpack() -> Iterator[Candidate]:
+    """Outputs, blocks, warps."""
+    for name in ("gate_up", "down"):
+        for config in itertools.product((16, 32, 64), (1, 2, 4), (2, 4, 8)):
+            yield Candidate("unpack", QuantizedLinear(name, 1), ("unpack", UnpackConfig(*config)))
 
 
 def _scaled() -> Iterator[Candidate]:
@@ -159,6 +171,18 @@ def _scaled() -> Iterator[Candidate]:
             problem = QuantizedLinear(name, 1, bits=8, silu=silu, activations=activations)
             for config in configs:
                 yield Candidate("scaled", problem, ("vector", VectorConfig(*config)))
+
+
+def _rows() -> Iterator[Candidate]:
+    """Rows that come to 8 bits in one pass, and in two."""
+    for rows, kind in itertools.product((32, 64, 256, 2048), ("int8", "fp8")):
+        norm, silu = NormRows(rows, kind), SiluRows(rows, kind)
+        for warps in (4, 8, 16):
+            yield Candidate("norm_8_bits", norm, ("together", NormConfig(1, warps)))
+        yield Candidate("norm_8_bits_apart", norm, ("apart", None))
+        for warps in (4, 8, 16, 32):
+            yield Candidate("silu_8_bits", silu, ("together", SiluConfig(warps)))
+        yield Candidate("silu_8_bits_apart", silu, ("apart", None))
 
 
 def _lora() -> Iterator[Candidate]:

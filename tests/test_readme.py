@@ -1,4 +1,7 @@
-"""The README and docs/operations.md: every block of code is run, every table, name, option and link is checked."""
+"""The README and docs/operations.md: every block of code is run, every table, name, option and link is checked.
+
+Commands within sentences are those of test_commands_in_documents.py.
+"""
 
 from __future__ import annotations
 
@@ -10,11 +13,12 @@ import subprocess
 import sys
 import urllib.request
 from collections.abc import Iterator
-from dataclasses import dataclass
 from pathlib import Path
 
+import bench_gateway
 import pytest
 
+from tests.documents import GATEWAY, OPERATIONS, README, Block, blocks_in, blocks_of, prose_in, prose_of, sample_output
 from tests.launch.helpers import ROOT
 from tests.live.serving import Serving, serving
 from trident_llm.documentation import with_tables
@@ -23,15 +27,20 @@ from trident_llm.launch.options import parse_options
 from trident_llm.launch.repository import copy_repository
 from trident_llm.metrics_catalog import METRICS, published_names
 
-README, OPERATIONS = ROOT / "README.md", ROOT / "docs/operations.md"
-OBSERVABILITY = ROOT / "docs/observability.md"
-_BLOCK = re.compile(r"^```(\w*)\n(.*?)^```$", re.DOTALL | re.MULTILINE)
+OBSERVABILITY, PERFORMANCE = ROOT / "docs/observability.md", ROOT / "docs/performance.md"
 BLOCK_SECONDS = 100
 QUESTION = "What is the capital of France?\n"
 """What stands on the standard input of every block: something to say in a chat."""
 
+
 EXPECTED = {
     README: [
+        r"^ Paris",
+        r"^loaded dates, generation 1$.*^1999-05-03",
+        r"^done in .* 4\.\d\d bits a weight.*^ Paris.*^isq_method +rtn$.*^done in ",
+        r'"content": "The capital of France is Paris\.".*"model": "dates".*"text": "1999-05-03',
+        r"^The capital of France is Paris\.$",
+        r"^engine +ready, 0 restarts .*^requests .*^KV pool .*^adapter .*^dates +",
         r'"text_output":"..',
         r'(data: \{.*"text_output":".*\}\s+){4}',
         r'"finish_reason":"stop".*"text_output":"The capital of France is Paris\."',
@@ -42,27 +51,12 @@ EXPECTED = {
         r"^ Paris",
         r"^[1-9]\d* requests, 0 failed.*report: .*; passed$",
     ],
-    OPERATIONS: [r'\\"ready\\": true.*\\"kv_blocks_total\\": \d+.*\\"block_size\\": 16'],
+    OPERATIONS: [
+        r'\\"ready\\": true.*\\"kv_blocks_total\\": \d+.*\\"block_size\\": 16',
+        sample_output(OPERATIONS),
+    ],
 }
 """What the output of each block that is run has, in the document's order."""
-
-
-@dataclass(frozen=True)
-class Block:
-    language: str
-    code: str
-
-    @property
-    def starts_the_project(self) -> bool:
-        return self.code.startswith("scripts/")
-
-
-def blocks_of(document: Path) -> list[Block]:
-    return [Block(language, code) for language, code in _BLOCK.findall(document.read_text())]
-
-
-def prose_of(document: Path) -> str:
-    return _BLOCK.sub("", document.read_text())
 
 
 def run_blocks() -> list[tuple[Path, int]]:
@@ -75,44 +69,61 @@ def runnable(document: Path) -> list[Block]:
 
 @pytest.fixture(scope="module")
 def server(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Serving]:
-    """The README's first command, with free ports. One thread leaves the other core to the blocks."""
-    with serving(tmp_path_factory.mktemp("readme"), "--set", "num_threads=1") as server:
+    """The README's command for its first section, with free ports. One thread leaves the other core to the blocks."""
+    (code,) = [block.code for block in blocks_of(README) if block.code.startswith("scripts/serve --set adapter_root=")]
+    with serving(tmp_path_factory.mktemp("readme"), *shlex.split(code)[1:], "--set", "num_threads=1") as server:
         yield server
 
 
-def run(block: Block, server: Serving, *, own_curl: bool = shutil.which("curl") is None) -> str:
+@pytest.fixture(scope="module")
+def gateway(server: Serving) -> Iterator[str]:
+    """The README's command for the gateway, with a free port: its address, as host:port."""
+    (code,) = [block.code for block in blocks_of(README) if block.code.startswith(GATEWAY)]
+    assert code == f"{GATEWAY}--port 9000 --url localhost:8001\n"
+    with bench_gateway.gateway(server.grpc_url, environment()) as port:
+        yield f"127.0.0.1:{port}"
+
+
+def run(block: Block, server: Serving, gateway: str, *, own_curl: bool = shutil.which("curl") is None) -> str:
     """The output of ``block``, which runs as it is but for ports, paths of programs, the load test's length, and the
     model from the hub, whose local copy it gets."""
     ports = server.ports
     code = block.code.replace("HuggingFaceTB/SmolLM2-135M-Instruct", default_model())
+    code = code.replace("localhost:9000", gateway)
     for port, actual in ((8000, ports.http), (8001, ports.grpc), (8002, ports.metrics)):
         code = code.replace(f"localhost:{port}", f"127.0.0.1:{actual}")
     python = shlex.quote(sys.executable)
-    code = re.sub(r"\.venv/bin/trident (\w+)", rf"{python} -m trident_client.cli \1 --url {server.grpc_url}", code)
+    trident = f"{python} -m trident_client.cli "
+    code = re.sub(r"(\.venv/bin/trident (?!estimate)(?:adapters )?[a-z]+)", rf"\1 --url {server.grpc_url}", code)
+    code = code.replace(".venv/bin/trident ", trident)
+    code = code.replace(" top ", f" top --metrics-url {server.metrics_url} ")
     code = re.sub(r"\.venv/bin/python (load_tests/run_load\.py)", rf"{python} \1 --run-time 4", code)
     if own_curl and block.language == "sh":
         code = f'curl() {{ {python} tests/fakes/curl.py "$@"; }}\n{code}'
     command = [sys.executable, "-c", code] if block.language == "python" else ["bash", "-euo", "pipefail", "-c", code]
-    paths = [str(ROOT / "backend_src"), str(ROOT / "client"), os.environ.get("PYTHONPATH", "")]
-    environment = {**os.environ, "PYTHONPATH": os.pathsep.join(filter(None, paths))}
     result = subprocess.run(
-        command, cwd=ROOT, env=environment, input=QUESTION, capture_output=True, text=True, timeout=BLOCK_SECONDS
+        command, cwd=ROOT, env=environment(), input=QUESTION, capture_output=True, text=True, timeout=BLOCK_SECONDS
     )
     assert result.returncode == 0, result.stdout + result.stderr
     return result.stdout + result.stderr
 
 
+def environment() -> dict[str, str]:
+    paths = [str(ROOT / "backend_src"), str(ROOT / "client"), os.environ.get("PYTHONPATH", "")]
+    return {**os.environ, "PYTHONPATH": os.pathsep.join(filter(None, paths))}
+
+
 @pytest.mark.live
 @pytest.mark.parametrize(("document", "index"), run_blocks(), ids=lambda value: getattr(value, "name", str(value)))
-def test_a_block_does_what_it_shows(server: Serving, document: Path, index: int) -> None:
-    output = run(runnable(document)[index], server)
+def test_a_block_does_what_it_shows(server: Serving, gateway: str, document: Path, index: int) -> None:
+    output = run(runnable(document)[index], server, gateway)
     assert re.search(EXPECTED[document][index], output, re.DOTALL | re.MULTILINE), output
 
 
 @pytest.mark.live
-@pytest.mark.parametrize("index", [0, 1, 2])
-def test_the_stand_in_for_curl_does_the_same(server: Serving, index: int) -> None:
-    output = run(runnable(README)[index], server, own_curl=True)
+@pytest.mark.parametrize("index", [index for index, block in enumerate(runnable(README)) if "curl " in block.code])
+def test_the_stand_in_for_curl_does_the_same(server: Serving, gateway: str, index: int) -> None:
+    output = run(runnable(README)[index], server, gateway, own_curl=True)
     assert re.search(EXPECTED[README][index], output, re.DOTALL | re.MULTILINE), output
 
 
@@ -125,16 +136,17 @@ def test_no_block_is_left_out(document: Path) -> None:
 @pytest.mark.parametrize("document", EXPECTED, ids=lambda document: document.name)
 def test_commands_that_are_not_run_say_what_they_need(document: Path) -> None:
     for section in re.split(r"^##+ ", document.read_text(), flags=re.MULTILINE):
-        texts = [code for language, code in _BLOCK.findall(section) if language == "text"]
+        texts = [block.code for block in blocks_in(section) if block.language == "text"]
         if any(not code.startswith(" ") for code in texts):  # a drawing is indented
-            needs = re.search(r"\bneed\s+(Docker|Kubernetes|a\s+GPU)\b", _BLOCK.sub("", section))
+            needs = re.search(r"\bneed\s+(Docker|Kubernetes|a\s+GPU)\b", prose_in(section))
             assert needs, section.partition("\n")[0]
 
 
 def test_the_commands_of_the_project_are_there_and_take_their_arguments(tmp_path: Path) -> None:
     commands = [shlex.split(block.code) for block in blocks_of(README) if block.starts_the_project]
-    assert [command[0] for command in commands] == ["scripts/serve", "scripts/test", "scripts/serve"]
-    for number, (script, *arguments) in enumerate(commands):
+    scripts = ["scripts/serve", "scripts/test", "scripts/serve", "scripts/serve", ".venv/bin/trident"]
+    assert [command[0] for command in commands] == scripts
+    for number, (script, *arguments) in enumerate(commands[:-1]):
         assert os.access(ROOT / script, os.X_OK)
         if script == "scripts/serve":
             copy_repository(parse_options(arguments), tmp_path / str(number))
@@ -148,6 +160,15 @@ def test_options_of_scripts_serve_are_known(document: Path, capsys: pytest.Captu
         parse_options(["--help"])
     known = set(re.findall(r"--[a-z-]+", capsys.readouterr().out))
     assert set(re.findall(r"`(?:scripts/serve )?(--[a-z-]+)", prose_of(document))) <= known
+
+
+def test_figures_behind_tuning_are_those_of_performance_md() -> None:
+    table = OPERATIONS.read_text().partition("## Tuning\n")[2].partition("\n- ")[0]
+    measured = [row.split("|")[3] for row in re.findall(r"^\| .*$", table, re.MULTILINE)][2:]
+    figures = [figure for text in measured for figure in re.findall(r"\d[\d,]*(?:\.\d+)?", text) if len(figure) > 3]
+    performance = PERFORMANCE.read_text()
+    assert len(measured) >= 12 and len(figures) > 20
+    assert [f for f in figures if f not in performance and f.replace(",", "") not in performance] == []
 
 
 def test_tables_are_those_of_the_code() -> None:

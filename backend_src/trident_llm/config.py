@@ -76,6 +76,12 @@ class EngineConfig:
     )
     prefix_caching: bool = setting(True, "share full KV blocks between requests with equal prefixes")
     max_queue_size: int = setting(768, "most requests waiting for their first step; more are refused", minimum=0)
+    max_queue_wait: float = setting(
+        0.0,
+        "longest expected wait for the first step, in seconds, by how quickly others have been ending; requests beyond "
+        "are refused; 0: no limit",
+        minimum=0.0,
+    )
     queue_timeout: float = setting(
         0.0, "seconds a request may wait for its first step; 0: no limit", minimum=0.0
     )

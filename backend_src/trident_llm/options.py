@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import dataclasses
 import difflib
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -42,16 +42,22 @@ _BOOLEAN = "true or false"
 
 @dataclass(frozen=True, kw_only=True)
 class Defaults:
-    """Defaults that differ between the two generation doors."""
+    """Defaults, names and precedence that differ between the two generation doors."""
 
     max_tokens: int | None = None
     """None: to the end of the context."""
     exclude_input_in_output: bool | None = True
     """None: the value of ``stream``, as vllm_backend has it."""
+    other_names: Mapping[str, str] = dataclasses.field(default_factory=dict)
+    """Options by further names that requests may give them."""
+    carrier_wins: bool = False
+    """Whether ``sampling_parameters`` wins over request parameters of the Triton server."""
 
 
 LLM_DEFAULTS = Defaults()
-VLLM_DEFAULTS = Defaults(max_tokens=16, exclude_input_in_output=None)
+VLLM_DEFAULTS = Defaults(
+    max_tokens=16, exclude_input_in_output=None, other_names={"lora_name": "adapter"}, carrier_wins=True
+)
 
 
 def option(default: Any, kind: str, read: Reader, allowed: str, meaning: str, *, available: bool = True) -> Any:
@@ -159,7 +165,8 @@ class RequestOptions:
         None, "float", number(0), "a number of seconds of at least 0; 0: none", "cancel the request after this time"
     )
     adapter: str = option(
-        "", "str", adapter_spec, SPEC_RULE, "loaded adapters to answer with: one, or several with fixed weights"
+        "", "str", adapter_spec, SPEC_RULE,
+        "loaded adapters to answer with: one, or several with fixed weights. On llm_vllm also lora_name",
     )
     xlora: bool | None = option(
         None, "bool", boolean, _BOOLEAN,
@@ -189,20 +196,23 @@ class RequestOptions:
         max_model_len: int,
         vocab_size: int,
         defaults: Defaults = LLM_DEFAULTS,
+        beneath: Mapping[str, object] | None = None,
     ) -> RequestOptions:
         """Options from untyped values; numbers and booleans may come as strings, None means not given.
 
-        ``sampling_parameters`` (a JSON object in a string) carries any of the other options, which win over it.
-        Raises ``BadRequest`` that names the option, the value and what is allowed.
+        ``sampling_parameters`` (a JSON object in a string) carries any of the other options, which win over it;
+        options ``beneath`` yield to both. Raises ``BadRequest`` that names the option, the value and what is allowed.
         """
         values: dict[str, Any] = {}
         bounds = Bounds(limits, vocab_size)
-        for key, value in _merged(raw).items():
-            field = _FIELDS.get(key)
+        for key, value in {**_merged(beneath or {}), **_merged(raw)}.items():
+            field = _FIELDS.get(defaults.other_names.get(key, key))
             if field is None:
-                raise BadRequest(_unknown(key))
+                raise BadRequest(_unknown(key, defaults.other_names))
             if value is not None:
-                values[key] = _read(field, value, bounds)
+                if field.name in values:
+                    raise BadRequest(f"{key}: {shown(value)}: given under its other name, too; give one of them")
+                values[field.name] = _read(field, value, bounds, key)
         values.setdefault("max_tokens", defaults.max_tokens)
         exclude = defaults.exclude_input_in_output
         values.setdefault("exclude_input_in_output", values.get("stream", False) if exclude is None else exclude)
@@ -271,14 +281,15 @@ def _merged(raw: Mapping[str, object]) -> dict[str, object]:
     return {**beneath, **{key: value for key, value in raw.items() if key != _CARRIER and value is not None}}
 
 
-def _read(field: dataclasses.Field[Any], value: object, bounds: Bounds) -> Any:
+def _read(field: dataclasses.Field[Any], value: object, bounds: Bounds, name: str) -> Any:
+    """``name``: the one under which the request has the option."""
     try:
         result = field.metadata["read"](value, bounds)
     except ValueError as error:
         allowed = field.metadata["allowed"].format(**bounds.names())
-        raise BadRequest(_refusal(field.name, value, str(error), allowed)) from None
+        raise BadRequest(_refusal(name, value, str(error), allowed)) from None
     if not field.metadata["available"] and result != field.default:
-        raise BadRequest(f"{field.name}: {shown(value)}: not available yet; leave it out")
+        raise BadRequest(f"{name}: {shown(value)}: not available yet; leave it out")
     return result
 
 
@@ -286,8 +297,8 @@ def _refusal(name: str, value: object, detail: str, allowed: str) -> str:
     return f"{name}: {shown(value)} is not allowed{f' ({detail})' if detail else ''}; give {allowed}"
 
 
-def _unknown(key: str) -> str:
-    known = sorted([*_FIELDS, _CARRIER])
+def _unknown(key: str, other_names: Iterable[str]) -> str:
+    known = sorted([*_FIELDS, _CARRIER, *other_names])
     near = difflib.get_close_matches(str(key)[:80], known, n=1)
     hint = f"; did you mean {near[0]!r}?" if near else "."
     return f"unknown option {shown(key)}{hint} Known options: {', '.join(known)}"
@@ -311,7 +322,8 @@ def _documented() -> tuple[OptionDoc, ...]:
         )
         for field in _FIELDS.values()
     ]
-    return (*rows, OptionDoc(_CARRIER, "JSON", "", _CARRIER_ALLOWED, "options in one string; explicit ones win"))
+    meaning = "options in one string; explicit ones win, on llm_vllm only those that are inputs"
+    return (*rows, OptionDoc(_CARRIER, "JSON", "", _CARRIER_ALLOWED, meaning))
 
 
 OPTIONS: tuple[OptionDoc, ...] = _documented()

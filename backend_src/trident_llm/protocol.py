@@ -182,6 +182,7 @@ class Welcome(msgspec.Struct, frozen=True, kw_only=True, tag="welcome"):
     eos_token_ids: list[int]
     max_num_seqs: int
     max_queue_size: int
+    max_queue_wait: float = 0.0
     limits: Limits
     log_format: str = "text"
     log_level: str = "info"

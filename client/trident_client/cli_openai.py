@@ -18,11 +18,17 @@ def add_openai_command(commands: Any, epilog: str) -> None:
     parser.add_argument("--host", default="127.0.0.1", help="address to listen on (%(default)s)")
     parser.add_argument("--port", type=int, default=9000, help="port to listen on (%(default)s)")
     parser.add_argument("--url", action="append", metavar="HOST:PORT",
-                        help="gRPC endpoint of a server (localhost:8001); may be repeated")  # fmt: skip
+                        help="gRPC endpoint of a server (localhost:8001), or dns:HOST:PORT for all addresses of a "
+                        "name; may be repeated, or several with commas between")  # fmt: skip
     parser.add_argument("--api-key", default=os.environ.get("TRIDENT_API_KEY", ""), metavar="TEXT",
                         help="what clients must send; default: TRIDENT_API_KEY, or none")  # fmt: skip
     parser.add_argument("--admin-token", default=os.environ.get("TRIDENT_ADMIN_TOKEN", ""), metavar="TEXT",
                         help="the servers' admin_token, to list adapters; default: TRIDENT_ADMIN_TOKEN")  # fmt: skip
+    parser.add_argument("--load-factor", type=float, default=1.25, metavar="NUMBER",
+                        help="a conversation's own server is passed over while it runs more than this times the mean "
+                        "of all (%(default)s)")  # fmt: skip
+    parser.add_argument("--drain-timeout", type=int, default=5, metavar="SECONDS",
+                        help="what requests that run may take to finish at the end (%(default)s)")  # fmt: skip
     parser.set_defaults(run_locally=_serve)
 
 
@@ -33,5 +39,11 @@ def _serve(arguments: argparse.Namespace) -> int:
         raise BadRequest(f"openai: {error.name} is not installed: pip install 'trident-llm[gateway]'") from None
     urls = arguments.url or ["localhost:8001"]
     return serve(
-        urls, arguments.host, arguments.port, api_key=arguments.api_key, admin_token=arguments.admin_token
+        urls,
+        arguments.host,
+        arguments.port,
+        api_key=arguments.api_key,
+        admin_token=arguments.admin_token,
+        load_factor=arguments.load_factor,
+        drain_timeout=arguments.drain_timeout,
     )

@@ -28,6 +28,10 @@ _LATENCIES = (
     ("in the queue", "request_queue_time_seconds"),
 )
 _MAX_ADAPTERS = 8
+_ADAPTER_COUNTERS = ("adapter_requests_total", "adapter_generated_tokens_total")
+_OTHERS = "_other"
+"""Under this name the metrics have all adapters beyond their limit."""
+_STEP_TOKENS = ("iteration_tokens_total_sum", "iteration_tokens_total_count")
 
 
 def add_top_command(commands: Any, make: MakeCommand) -> None:
@@ -117,7 +121,7 @@ def frame(before: Scrape, now: Scrape, stats: Mapping[str, Any], adapters: Seque
         f"   {rate('requests_accepted_total'):.1f}/s in, {rate('requests_finished_total'):.1f}/s done, "
         f"{rate('requests_refused_total'):.1f}/s refused, {rate('preemptions_total'):.1f}/s preempted",
         f"tokens    {rate('output_tokens_total'):,.1f}/s out, {rate('prompt_tokens_total'):,.1f}/s in   "
-        f"{rate('steps_total'):,.1f} steps/s",
+        f"{rate('steps_total'):,.1f} steps/s{_step_tokens(before, now)}",
         f"doors     {values['doors']:.0f} with {values['door_requests']:.0f} requests, "
         f"{rate('door_responses_total'):,.1f} responses/s",
         f"KV pool   {_bar(values['kv_blocks_used'], values['kv_blocks_total'])}, "
@@ -131,15 +135,38 @@ def frame(before: Scrape, now: Scrape, stats: Mapping[str, Any], adapters: Seque
         recent = since(before.buckets.get(name, {}), now.buckets.get(name, {}))
         cells = "".join(f"{_time(quantile(share, recent)):>10}" for share in (0.5, 0.9, 0.99))
         lines.append(f"{title:<15}{cells}")
-    if adapters:
-        lines += ["", f"{'adapter':<24}{'users':>8}{'slot':>8}"]
-        busiest = sorted(adapters, key=lambda adapter: (-adapter["users"], adapter["name"]))
-        for adapter in busiest[:_MAX_ADAPTERS]:
-            slot = "-" if adapter["slot"] is None else adapter["slot"]
-            lines.append(f"{adapter['name']:<24}{adapter['users']:>8}{slot:>8}")
-        if len(busiest) > _MAX_ADAPTERS:
-            lines.append(f"and {len(busiest) - _MAX_ADAPTERS} more")
-    return "\n".join(lines)
+    return "\n".join(lines + _adapter_lines(before, now, adapters))
+
+
+def _step_tokens(before: Scrape, now: Scrape) -> str:
+    """How many a step computes, on average."""
+    total, steps = (now.values[name] - before.values[name] for name in _STEP_TOKENS)
+    return f" of {total / steps:,.0f} tokens" if steps > 0 else ""
+
+
+def _adapter_lines(before: Scrape, now: Scrape, adapters: Sequence[Mapping[str, Any]]) -> list[str]:
+    """A table of adapters and mixes, those with most tokens first. Metrics know mixes, and all names but those beyond
+    their limit; the admin door knows users and slots of adapters."""
+    seconds = max(now.time - before.time, 1e-9)
+    known = {adapter["name"]: adapter for adapter in adapters}
+
+    def rate(adapter: str, name: str) -> float:
+        return max(now.adapters[adapter][name] - before.adapters[adapter][name], 0.0) / seconds
+
+    rows = []
+    for name in {*known, *now.adapters}:
+        requests, tokens = (rate(name, counter) for counter in _ADAPTER_COUNTERS)
+        if name == _OTHERS and not tokens:
+            continue
+        users, slot = (known.get(name, {}).get(key) for key in ("users", "slot"))
+        cells = ("-" if users is None else users, "-" if slot is None else slot)
+        line = f"{name:<24}{requests:>12.1f}{tokens:>12,.1f}{cells[0]:>8}{cells[1]:>8}"
+        rows.append((-tokens, -(users or 0), name, line))
+    if not rows:
+        return []
+    head = f"{'adapter':<24}{'requests/s':>12}{'tokens/s':>12}{'users':>8}{'slot':>8}"
+    lines = ["", head, *(line for *_, line in sorted(rows)[:_MAX_ADAPTERS])]
+    return lines + ([f"and {len(rows) - _MAX_ADAPTERS} more"] if len(rows) > _MAX_ADAPTERS else [])
 
 
 def _weights(values: Mapping[str, float]) -> str:

@@ -17,6 +17,8 @@ def add_weights_commands(commands: Any, epilog: str) -> None:
     quantize.add_argument("--out", required=True, metavar="FOLDER", help="the folder to write; it must not exist yet")
     estimate = _command(commands, "estimate", "tell what memory a model's weights take, and what they leave", epilog)
     estimate.add_argument("--gpu-memory", metavar="SIZE", help="of the GPU, as 80GiB (this machine's GPU, or the CPU)")
+    estimate.add_argument("--stream-tokens", type=int, metavar="NUMBER",
+                          help="of a stream, prompt and output: tell how many streams there is room for")  # fmt: skip
     estimate.add_argument("--json", action="store_true", help="print it as JSON")
 
 

@@ -19,6 +19,8 @@ class Scrape:
     values: dict[str, float] = field(default_factory=lambda: defaultdict(float))
     buckets: dict[str, dict[float, float]] = field(default_factory=lambda: defaultdict(lambda: defaultdict(float)))
     """Cumulative counts by upper bound, of each histogram."""
+    adapters: dict[str, dict[str, float]] = field(default_factory=lambda: defaultdict(lambda: defaultdict(float)))
+    """Values with the label ``adapter``, by that and by name."""
 
 
 def parse_metrics(text: str, time: float) -> Scrape:
@@ -29,6 +31,8 @@ def parse_metrics(text: str, time: float) -> Scrape:
             scrape.buckets[name.removesuffix("_bucket")][float(labels["le"])] += value
             continue
         scrape.values[name] += value
+        if "adapter" in labels:
+            scrape.adapters[labels["adapter"]][name] += value
     return scrape
 
 

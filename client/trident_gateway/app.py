@@ -15,22 +15,36 @@ from starlette.exceptions import HTTPException
 
 from trident_client import Chunk, Completion, TridentError
 
+from .affinity import LOAD_FACTOR
 from .answers import DONE, AnswerWriter
+from .attempts import generate
 from .errors import ApiError, from_trident, unknown_model
 from .merge import merged
+from .places import LookUp, look_up, read_places
 from .questions import Question, read_question
 from .responses import EventStream, read_body, while_connected
-from .upstreams import Upstreams, generate
+from .upstreams import Upstreams
 
 _Chunks = AsyncGenerator[tuple[int, Chunk], None]
 
 
-def create_app(urls: Sequence[str], *, api_key: str = "", admin_token: str = "") -> FastAPI:
-    """The application. ``urls``: gRPC endpoints, host:port; an empty ``api_key`` asks for none."""
-    upstreams = Upstreams(urls, admin_token)
+def create_app(
+    urls: Sequence[str],
+    *,
+    api_key: str = "",
+    admin_token: str = "",
+    load_factor: float = LOAD_FACTOR,
+    look_up: LookUp = look_up,
+) -> FastAPI:
+    """The application. ``urls``: as ``read_places`` takes them, for gRPC; an empty ``api_key`` asks for none.
+
+    Raises ``BadRequest``.
+    """
+    upstreams = Upstreams(read_places(urls), admin_token, load_factor=load_factor, look_up=look_up)
 
     @contextlib.asynccontextmanager
     async def lifespan(_: FastAPI) -> AsyncIterator[None]:
+        await upstreams.find()
         await upstreams.refresh()
         watch = asyncio.create_task(upstreams.watch())
         try:
@@ -83,9 +97,10 @@ def create_app(urls: Sequence[str], *, api_key: str = "", admin_token: str = "")
 
 
 async def _respond(upstreams: Upstreams, question: Question) -> Response:
-    chosen = await upstreams.choose(question.model, question.beginning())
-    options = dict(question.options)
-    chunks = merged([generate(chosen, question.model, prompt, options) for prompt in question.prompts])
+    if not await upstreams.knows(question.model):
+        raise unknown_model(question.model, upstreams.models())
+    model, options = question.model, question.options
+    chunks = merged([generate(upstreams, model, question.key(prompt), prompt, options) for prompt in question.prompts])
     writer = AnswerWriter(question)
     if question.stream:
         # What the first chunk waits for can still be refused with a status.

@@ -9,12 +9,13 @@ from typing import Any
 
 from trident_client.wire import Message
 
+from .affinity import key_of
 from .errors import ApiError, bad_value, unsupported
 from .options import flag, generation_options, includes_usage, renamed_options
 
 MAX_PROMPTS = 64
-_AFFINITY_CHARS = 512
-"""Of a prompt, for the choice of an upstream; of a conversation it is all up to the first answer."""
+_BEGINNING_CHARS = 512
+"""Of a prompt, or of a conversation's first question, for the choice of a server."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -30,17 +31,9 @@ class Question:
     options: Mapping[str, Any]
     renamed: Mapping[str, str]
 
-    def beginning(self) -> str:
-        """What all requests of one conversation have in common."""
-        first = self.prompts[0]
-        if isinstance(first, str):
-            return first[:_AFFINITY_CHARS]
-        opening: list[Message] = []
-        for message in first:
-            if message.get("role") == "assistant":
-                break
-            opening.append(message)
-        return json.dumps(opening[: _first_user(opening) + 1])
+    def key(self, prompt: str | Sequence[Message]) -> bytes:
+        """By which a server is chosen for one of the prompts: the same for all requests of a conversation."""
+        return key_of(self.model, str(self.options.get("cache_salt", "")), _beginning(prompt))
 
 
 def read_question(data: bytes, *, chat: bool) -> Question:
@@ -120,6 +113,18 @@ def _text_of(part: Any, name: str) -> str:
     raise bad_value(name, 'give parts of the form {"type": "text", "text": ...}')
 
 
-def _first_user(messages: Sequence[Message]) -> int:
-    users = [index for index, message in enumerate(messages) if message.get("role") == "user"]
-    return users[0] if users else len(messages)
+def _beginning(prompt: str | Sequence[Message]) -> str:
+    """What is said before the first question, all of it, and how that question begins. A long document at its
+    beginning brings the questions about it together."""
+    if isinstance(prompt, str):
+        return prompt[:_BEGINNING_CHARS]
+    opening: list[tuple[str, str]] = []
+    for message in prompt:
+        role, content = message["role"], message["content"]
+        if role == "assistant":
+            break
+        if role == "user":
+            opening.append((role, content[:_BEGINNING_CHARS]))
+            break
+        opening.append((role, content))
+    return json.dumps(opening)

@@ -1,21 +1,24 @@
-"""The servers behind the gateway: which are ready, which models each has, and which one a conversation goes to."""
+"""The servers behind the gateway: which there are, which are ready, which models each has, and which one is asked."""
 
 from __future__ import annotations
 
 import asyncio
-import hashlib
-from collections.abc import AsyncGenerator, Sequence
-from contextlib import aclosing
+import contextlib
+import logging
+from collections.abc import Awaitable, Callable, Container, Iterator, Sequence
 from typing import Any
 
-from trident_client import AsyncTridentClient, Chunk, EngineFailed, Overloaded, RetryPolicy, TridentError
-from trident_client.wire import Message
+from trident_client import AsyncTridentClient, RetryPolicy, TridentError
 
-from .errors import unknown_model
+from .affinity import LOAD_FACTOR, most_requests, ranked
+from .places import LookUp, Place, look_up
 
 BASE_MODEL = "llm"
 _POLL_SECONDS = 1.0
 _ANSWER_SECONDS = 2.0
+_LOOK_UP_SECONDS = 5.0
+"""As long as the DNS of a Kubernetes cluster lets its answers be kept, unless told otherwise."""
+_log = logging.getLogger(__name__)
 
 
 class Upstream:
@@ -23,8 +26,20 @@ class Upstream:
 
     def __init__(self, url: str, admin_token: str) -> None:
         self.client = AsyncTridentClient(url, admin_token=admin_token, retry=RetryPolicy(retries=0))
+        self.url = url
         self.ready = False
+        self.running = 0
+        """Requests of this gateway."""
         self.models: dict[str, dict[str, Any]] = {BASE_MODEL: {"xlora": False}}
+
+    @contextlib.contextmanager
+    def carrying(self) -> Iterator[None]:
+        """Counts a request as running."""
+        self.running += 1
+        try:
+            yield
+        finally:
+            self.running -= 1
 
     async def refresh(self) -> None:
         """Ask for readiness and adapters; without an answer about adapters only the base model has a name."""
@@ -42,8 +57,26 @@ class Upstream:
 class Upstreams:
     """All servers. ``watch`` keeps what is known of them fresh."""
 
-    def __init__(self, urls: Sequence[str], admin_token: str) -> None:
-        self.all = [Upstream(url, admin_token) for url in urls]
+    def __init__(
+        self,
+        places: Sequence[Place],
+        admin_token: str = "",
+        *,
+        load_factor: float = LOAD_FACTOR,
+        look_up: LookUp = look_up,
+    ) -> None:
+        self._admin_token = admin_token
+        self._load_factor = load_factor
+        self._look_up = look_up
+        self._urls = {place: [] if place.is_name else [place.url] for place in places}
+        self._by_url: dict[str, Upstream] = {}
+        self._leaving: list[Upstream] = []
+        self._not_found: set[Place] = set()
+        self._put_in_place()
+
+    @property
+    def all(self) -> list[Upstream]:
+        return list(self._by_url.values())
 
     @property
     def ready(self) -> bool:
@@ -55,53 +88,69 @@ class Upstreams:
         return [BASE_MODEL, *sorted(names - {BASE_MODEL})]
 
     async def refresh(self) -> None:
+        """Ask every server, and close what has left and carries no request any more."""
         await asyncio.gather(*(upstream.refresh() for upstream in self.all))
+        idle = [upstream for upstream in self._leaving if not upstream.running]
+        self._leaving = [upstream for upstream in self._leaving if upstream.running]
+        await asyncio.gather(*(upstream.client.close() for upstream in idle))
+
+    async def find(self) -> None:
+        """Look names up. One that has no answer keeps its addresses: whether they are ready is asked anyway."""
+        named = [place for place in self._urls if place.is_name]
+        found = await asyncio.gather(*(self._look_up(place) for place in named), return_exceptions=True)
+        for place, urls in zip(named, found, strict=True):
+            if isinstance(urls, OSError):
+                if place not in self._not_found:
+                    _log.warning("%s cannot be looked up: %s", place.url, urls)
+                self._not_found.add(place)
+            elif isinstance(urls, BaseException):
+                raise urls
+            else:
+                self._urls[place] = urls
+                self._not_found.discard(place)
+        await asyncio.gather(*(upstream.refresh() for upstream in self._put_in_place()))
 
     async def watch(self) -> None:
-        """Refresh until cancelled."""
-        while True:
-            await asyncio.sleep(_POLL_SECONDS)
-            await self.refresh()
+        """Find and refresh until cancelled."""
+        tasks = [_repeat(self.refresh, _POLL_SECONDS)]
+        if any(place.is_name for place in self._urls):
+            tasks.append(_repeat(self.find, _LOOK_UP_SECONDS))
+        await asyncio.gather(*tasks)
 
     async def close(self) -> None:
-        await asyncio.gather(*(upstream.client.close() for upstream in self.all))
+        await asyncio.gather(*(upstream.client.close() for upstream in [*self.all, *self._leaving]))
 
-    async def choose(self, model: str, beginning: str) -> list[Upstream]:
-        """The servers that have ``model``, best first: ready ones before others, then by rendezvous hash, so that
-        a conversation stays where its prefix is cached and a server that leaves moves only its own conversations.
-
-        Raises ``ApiError`` 404 when no server has the model, also after asking again.
-        """
+    async def knows(self, model: str) -> bool:
+        """Whether a server has ``model``, also after asking again. Unknown as long as none is ready: then True."""
         if model not in self.models():
             await self.refresh()
-        having = [upstream for upstream in self.all if model in upstream.models]
-        if not having:
-            raise unknown_model(model, self.models())
-        if len(having) == 1:
-            return having
-        ready = [upstream for upstream in having if upstream.ready] or having
-        return sorted(ready, key=lambda upstream: _weight(upstream.client.url, beginning), reverse=True)
+        return model in self.models() or not self.ready
+
+    def choose(self, model: str, key: bytes, tried: Container[str]) -> Upstream | None:
+        """The server to ask next, not one of ``tried`` (their urls); None when no other has ``model``.
+
+        Ready ones come before others. Of these it is the first of the order by ``key`` that has room.
+        """
+        having = [upstream for upstream in self.all if model in upstream.models and upstream.url not in tried]
+        ready = {upstream.url: upstream for upstream in having if upstream.ready}
+        servers = ready or {upstream.url: upstream for upstream in having}
+        if not servers:
+            return None
+        running = sum(upstream.running for upstream in servers.values())
+        most = most_requests(running, len(servers), self._load_factor)
+        return next(servers[url] for url in ranked(servers, key) if servers[url].running < most)
+
+    def _put_in_place(self) -> list[Upstream]:
+        """Let the servers be those of ``_urls``, and return the new ones. What has left finishes its requests."""
+        urls = dict.fromkeys(url for found in self._urls.values() for url in found)
+        new = [Upstream(url, self._admin_token) for url in urls if url not in self._by_url]
+        self._leaving += [upstream for url, upstream in self._by_url.items() if url not in urls]
+        known = {**self._by_url, **{upstream.url: upstream for upstream in new}}
+        self._by_url = {url: known[url] for url in urls}
+        return new
 
 
-async def generate(
-    upstreams: Sequence[Upstream], model: str, prompt: str | Sequence[Message], options: dict[str, Any]
-) -> AsyncGenerator[Chunk, None]:
-    """Chunks from the first upstream that takes the request; another is asked only before any output has come."""
-    for number, upstream in enumerate(upstreams):
-        merged = {**options, **upstream.models.get(model, {"adapter": model})}
-        started = False
-        try:
-            async with aclosing(upstream.client.generate(prompt, **merged)) as chunks:
-                async for chunk in chunks:
-                    started = True
-                    if chunk.finish_reason == "error":
-                        raise EngineFailed("the engine could not finish the answer")
-                    yield chunk
-            return
-        except Overloaded:
-            if started or number == len(upstreams) - 1:
-                raise
-
-
-def _weight(url: str, beginning: str) -> bytes:
-    return hashlib.blake2b(f"{url}\n{beginning}".encode("utf-8", "replace"), digest_size=8).digest()
+async def _repeat(action: Callable[[], Awaitable[None]], seconds: float) -> None:
+    while True:
+        await asyncio.sleep(seconds)
+        await action()

@@ -19,8 +19,11 @@ CONFIGS = {"a": {"r": 4}, "b": {"r": 17, "targets": ("q_proj", "v_proj", "down_p
 SPECS = ("", "a", "b", "c", "a:0.5,c:-0.7")
 
 
-@pytest.mark.parametrize("slots", [3, 2])
-def test_tokens_equal_those_of_the_cpu(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, slots: int) -> None:
+@pytest.mark.parametrize(("slots", "late"), [(3, ""), (2, ""), (3, "c")], ids=["all", "swapped", "late-dora"])
+def test_tokens_equal_those_of_the_cpu(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, slots: int, late: str
+) -> None:
+    """``late`` is loaded when the graphs have been captured."""
     from transformers import AutoModelForCausalLM
 
     folder = write_tiny_llama(tmp_path / "base", attention_bias=True)
@@ -29,14 +32,19 @@ def test_tokens_equal_those_of_the_cpu(tmp_path: Path, monkeypatch: pytest.Monke
         write_adapter(base, tmp_path / name, seed=index, **config)
     config = EngineConfig(
         model=str(folder), dtype="fp32", device="cpu", max_num_blocks=64, block_size=8, max_num_seqs=6,
-        adapters=",".join(f"{name}={tmp_path / name}" for name in CONFIGS), max_lora_rank=24, max_loras=slots,
-        max_num_batched_tokens=32,
+        adapters=",".join(f"{name}={tmp_path / name}" for name in CONFIGS if name != late), max_lora_rank=24,
+        max_loras=slots, max_num_batched_tokens=32, adapter_root=str(tmp_path),
     )  # fmt: skip
     choose = random.Random(3)
     prompts = [choose.choices(range(5, 300), k=choose.randint(3, 30)) for _ in range(6)]
 
     def tokens() -> list[list[int]]:
         core = EngineCore(config)
+        if late:
+            reply = core.run_command("load_adapter", {"name": late, "path": str(tmp_path / late)})
+            while not reply.done():
+                core.poll()
+            reply.result()
         submits = [make_submit(prompt, SPECS[index % 5], max_tokens=3) for index, prompt in enumerate(prompts)]
         found = run(core, submits, steps_between=2)
         assert core.stats()["adapter_slot_loads_total"] >= 3

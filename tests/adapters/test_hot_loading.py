@@ -16,12 +16,14 @@ import psutil
 import pytest
 
 from tests.adapters.conftest import AdaptedModel
-from tests.adapters.test_adapter_engine import make_core, make_submit, prompt_of, run
+from tests.adapters.test_adapter_engine import NEW_TOKENS, make_core, make_submit, prompt_of, run
 from tests.fakes.peft_adapters import greedy, write_adapter
 from trident_llm.adapters.adapter import Adapter
 from trident_llm.engine.engine import EngineCore
 from trident_llm.errors import NotFound, TridentError
+from trident_llm.metrics_catalog import ENGINE_COUNTERS, ENGINE_GAUGES
 from trident_llm.protocol import SampleStart, Submit
+from trident_llm.server.metric_values import engine_values
 
 NUM_VERSIONS, NUM_PROMPTS, NUM_TOKENS = 5, 6, 24
 
@@ -116,9 +118,25 @@ def test_unloading_takes_the_name_at_once_and_the_files_with_the_last_user(
     with pytest.raises(NotFound, match="name: 'x' is not loaded"):
         wait(core, core.run_command("unload_adapter", {"name": "x"}))
     assert folders(core) == {"1"}
+    assert core.stats()["adapter_usage"]["x"] == {"requests": 1, "generated_tokens": 1}
     assert tokens + run(core, [])[running.request_id] == versions.expected[2][1]
     assert folders(core) == set()
+    assert core.stats()["adapter_usage"] == {"_other": {"requests": 0, "generated_tokens": 0}}
     assert wait(core, core.run_command("list_adapters", {})) == {"adapters": [], "mixes": [], "slots": 3}
+
+
+def test_statistics_have_every_figure(core: EngineCore, versions: Versions) -> None:
+    load(core, "x", 0)
+    load(core, "y", 1)
+    run(core, [make_submit(versions.prompts[0], "x", max_tokens=5), make_submit(versions.prompts[1], "x:0.5,y:0.5")])
+    values = engine_values({**core.stats(), "histograms": core.request_metrics.to_dict()})
+    assert {key for spec in (*ENGINE_GAUGES, *ENGINE_COUNTERS) for key in spec.series} <= values.keys()
+    named = {name: values[name] for name in ("adapters_loaded", "mixes_loaded", "adapter_slots_total")}
+    assert named == {"adapters_loaded": 2, "mixes_loaded": 0, "adapter_slots_total": 3}
+    assert values["adapter_slots_used"] == 2 and values["adapter_slots_bytes"] > 0
+    assert (values["adapter_requests_total.x"], values["adapter_generated_tokens_total.x"]) == (2, 5 + NEW_TOKENS)
+    assert (values["adapter_requests_total.y"], values["adapter_generated_tokens_total.y"]) == (1, NEW_TOKENS)
+    assert values["quantization_method.none"] == 1 and values["quantized_bits"] == 0
 
 
 def test_an_aborted_request_lets_go_of_its_adapter(core: EngineCore, versions: Versions) -> None:

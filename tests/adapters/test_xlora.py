@@ -222,6 +222,7 @@ def test_static_routing_is_a_blend(mixes: dict[str, TestedMix], adapted: Adapted
     submit = make_submit(prompt, max_tokens=NEW_TOKENS)
     oracle = peft_blend(adapted.base, {mix.folder / "adapters" / name: 0.4 for name in MEMBERS})
     assert run(core, [submit])[submit.request_id] == greedy(oracle, prompt, NEW_TOKENS)
+    assert core.stats()["adapter_usage"]["xlora"] == {"requests": 1, "generated_tokens": NEW_TOKENS}
     core.close()
 
 
@@ -268,6 +269,8 @@ def test_samples_of_a_request_share_both_passes(mixes: dict[str, TestedMix], ada
     submit = make_submit(prompt, max_tokens=NEW_TOKENS, samples=[SampleStart(index=index) for index in range(3)])
     tokens = run(core, [submit])[submit.request_id]
     assert sorted(tokens) == sorted(greedy_without_cache(mix.oracle, prompt, NEW_TOKENS) * 3)
+    usage = {name: tuple(used.values()) for name, used in core.stats()["adapter_usage"].items()}
+    assert usage == {"xlora": (1, 3 * NEW_TOKENS), **dict.fromkeys((*MEMBERS, "_other"), (0, 0))}
     core.close()
 
 
@@ -293,6 +296,7 @@ def test_several_mixes_in_one_batch_and_a_replaced_one(mixes: dict[str, TestedMi
     assert [mix["name"] for mix in listed["mixes"]] == ["xlora"]
     assert _wait(core, "unload_adapter", name="xlora")["users"] == 0
     assert _wait(core, "list_adapters") == {"adapters": [], "mixes": [], "slots": 9}
+    assert list(core.stats()["adapter_usage"]) == ["_other"]
     core.check_integrity()
     with pytest.raises(NotFound, match="xlora: no X-LoRA mix is loaded"):
         core.add(make_submit(prompt, xlora=True))

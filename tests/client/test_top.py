@@ -24,6 +24,12 @@ trident_kv_blocks_used{{engine="llm"}} 50
 trident_output_tokens_total{{engine="llm"}} {tokens}
 trident_prefix_cache_query_tokens_total{{engine="llm"}} {tokens}
 trident_prefix_cache_hit_tokens_total{{engine="llm"}} {hits}
+trident_adapter_generated_tokens_total{{engine="llm",adapter="_other"}} 0
+trident_adapter_generated_tokens_total{{engine="llm",adapter="idle"}} 7
+trident_adapter_generated_tokens_total{{engine="llm",adapter="mix"}} {tokens}
+trident_adapter_requests_total{{engine="llm",adapter="mix"}} {early}
+trident_iteration_tokens_total_sum{{engine="llm"}} {tokens}
+trident_iteration_tokens_total_count{{engine="llm"}} {hits}
 trident_requests_finished_total{{engine="llm",reason="stop"}} 4
 trident_requests_finished_total{{engine="llm",reason="length"}} 5
 trident_time_to_first_token_seconds_bucket{{engine="llm",le="0.1"}} {early}
@@ -70,13 +76,17 @@ def test_one_frame(capsys: pytest.CaptureFixture[str]):
     assert lines["engine"].startswith("ready, 0 restarts   cuda, bfloat16")
     assert lines["requests"].startswith("3 running, 0 waiting")
     rate = float(lines["tokens"].partition("/s out")[0].replace(",", ""))
-    assert 2500 < rate < 5100
+    assert 2500 < rate < 5100 and lines["tokens"].endswith("steps/s of 4 tokens")
     assert lines["KV"] == "pool   [#####...............] 25% of 200 blocks, 0 cached"
     assert lines["cache"] == "25% of prompt tokens"
     assert lines["first"].split() == ["token", "100.0", "ms", "420.0", "ms", "492.0", "ms"]
     assert lines["per"].split() == ["token", "-", "-", "-"]
-    assert [name for name in lines if name in ("busy", "idle")] == ["busy", "idle"]
-    assert lines["idle"].split() == ["0", "-"]
+    assert [name for name in lines if name in ("busy", "idle", "mix", "_other")] == ["mix", "busy", "idle"]
+    assert lines["adapter"].split() == ["requests/s", "tokens/s", "users", "slot"]
+    assert lines["idle"].split() == ["0.0", "0.0", "0", "-"] and lines["busy"].split() == ["0.0", "0.0", "2", "1"]
+    requests, tokens, users, slot = lines["mix"].split()
+    assert float(tokens.replace(",", "")) == rate and float(requests) == pytest.approx(rate / 20, abs=0.06)
+    assert (users, slot) == ("-", "-")
 
 
 def test_without_metrics_it_says_where_it_looked(capsys: pytest.CaptureFixture[str]):
@@ -102,4 +112,6 @@ def test_quantiles_are_those_of_promql():
 def test_labels_are_summed():
     scrape = parse_metrics(PAGE.format(tokens=1, hits=0, early=0, all=0), 0.0)
     assert scrape.values["requests_finished_total"] == 9
+    assert scrape.values["adapter_generated_tokens_total"] == 8
+    assert scrape.adapters["mix"] == {"adapter_generated_tokens_total": 1, "adapter_requests_total": 0}
     assert "inference_count" not in scrape.values

@@ -11,7 +11,10 @@ import kubernetes_validate
 import pytest
 import yaml
 
+from tests.deploy.gateway_arguments import gateway_arguments
 from tests.launch.helpers import ROOT
+from trident_gateway.affinity import LOAD_FACTOR
+from trident_gateway.places import read_places
 from trident_llm.launch.options import parse_options
 
 CHART = ROOT / "deploy/helm/trident"
@@ -26,8 +29,20 @@ EVERYTHING = {
     "autoscaling": {"enabled": True},
     "serviceMonitor": {"enabled": True, "labels": {"release": "prometheus"}},
     "prometheusRule": {"enabled": True},
+    "gateway": {
+        "image": {"repository": "registry.example/gateway", "tag": "1"},
+        "nodeSelector": {"gpu": "none"},
+        "tolerations": [{"key": "cpu", "operator": "Exists"}],
+        "affinity": {"podAntiAffinity": {}},
+        "loadFactor": 2,
+        "service": {"type": "LoadBalancer"},
+    },
 }
-BARE = {"modelCache": {"enabled": False}, "podDisruptionBudget": {"enabled": False}}
+BARE = {
+    "modelCache": {"enabled": False},
+    "podDisruptionBudget": {"enabled": False},
+    "gateway": {"enabled": False},
+}
 VARIANTS = {"as shipped": {}, "everything": EVERYTHING, "bare": BARE}
 KUBERNETES = ("1.28", "1.37")
 OPERATOR_KINDS = {"ServiceMonitor", "PrometheusRule"}
@@ -45,9 +60,16 @@ def objects(values: dict[str, Any], name: str = "llm") -> dict[tuple[str, str], 
     return made
 
 
-def container(made: dict[tuple[str, str], dict[str, Any]]) -> dict[str, Any]:
-    (trident,) = made["StatefulSet", "llm-trident"]["spec"]["template"]["spec"]["containers"]
-    return trident
+Made = dict[tuple[str, str], dict[str, Any]]
+
+
+def pod(made: Made, kind: str = "StatefulSet", name: str = "llm-trident") -> dict[str, Any]:
+    return made[kind, name]["spec"]["template"]["spec"]
+
+
+def container(made: Made, kind: str = "StatefulSet", name: str = "llm-trident") -> dict[str, Any]:
+    (only,) = pod(made, kind, name)["containers"]
+    return only
 
 
 @pytest.mark.parametrize("variant", VARIANTS)
@@ -74,11 +96,13 @@ def test_the_schemas_find_a_wrong_key() -> None:
 
 def test_each_variant_makes_its_objects() -> None:
     always = {("StatefulSet", "llm-trident"), ("Service", "llm-trident"), ("Service", "llm-trident-pods")}
-    budget = {("PodDisruptionBudget", "llm-trident")}
+    gateway = {(kind, "llm-trident-gateway") for kind in ("Deployment", "Service")}
+    budgets = {("PodDisruptionBudget", name) for name in ("llm-trident", "llm-trident-gateway")}
     others = {(kind, "llm-trident") for kind in ("HorizontalPodAutoscaler", *OPERATOR_KINDS)}
     assert objects(BARE).keys() == always
-    assert objects({}).keys() == always | budget
-    assert objects(EVERYTHING).keys() == always | budget | others
+    assert objects({}).keys() == always | gateway | budgets
+    assert objects(EVERYTHING).keys() == always | gateway | budgets | others
+    assert ("PodDisruptionBudget", "llm-trident-gateway") not in objects({"gateway": {"replicas": 1}})
     assert ("StatefulSet", "my-trident") in objects({}, "my-trident")
 
 
@@ -91,6 +115,8 @@ def test_each_variant_makes_its_objects() -> None:
         ({"settings": {"max_num_seqs": 64}}, "max_num_seqs"),
         ({"modelCach": {}}, "modelCach"),
         ({"autoscaling": {"enabled": True, "minReplicas": 5}}, "minReplicas: 5 is more"),
+        ({"gateway": {"loadFactor": 0.5}}, "loadFactor"),
+        ({"gateway": {"apiKey": {"secretName": ""}}}, "apiKey"),
     ],
 )
 def test_wrong_values_are_refused_by_name(values: dict[str, Any], named: str) -> None:
@@ -100,15 +126,19 @@ def test_wrong_values_are_refused_by_name(values: dict[str, Any], named: str) ->
 
 
 def test_every_value_has_a_rule() -> None:
-    def check(values: dict[str, Any], schema: dict[str, Any]) -> None:
-        assert values.keys() == schema["properties"].keys() - {"global"}
+    schema = json.loads((CHART / "values.schema.json").read_text())
+
+    def check(values: dict[str, Any], rules: dict[str, Any]) -> None:
+        assert values.keys() == rules["properties"].keys() - {"global"}
         for name, value in values.items():
-            if "properties" in schema["properties"][name] and value:
-                check(value, schema["properties"][name])
+            rule = rules["properties"][name]
+            if "$ref" in rule:
+                rule = schema["definitions"][rule["$ref"].rpartition("/")[2]]
+            if "properties" in rule and value:
+                check(value, rule)
 
     values = yaml.safe_load((CHART / "values.yaml").read_text())
-    schema = json.loads((CHART / "values.schema.json").read_text())
-    assert values["resources"].keys() == schema["properties"]["resources"]["properties"].keys()
+    assert values["resources"].keys() == schema["definitions"]["resources"]["properties"].keys()
     check(values, schema)
 
 
@@ -121,8 +151,8 @@ def test_the_launcher_takes_the_arguments(monkeypatch: pytest.MonkeyPatch) -> No
 def test_the_pod_fits_the_image() -> None:
     dockerfile = (ROOT / "Dockerfile").read_text()
     made = objects({})
-    pod = made["StatefulSet", "llm-trident"]["spec"]["template"]["spec"]
-    assert f"USER {pod['securityContext']['runAsUser']}:{pod['securityContext']['runAsGroup']}" in dockerfile
+    security = pod(made)["securityContext"]
+    assert f"USER {security['runAsUser']}:{security['runAsGroup']}" in dockerfile
     ports = " ".join(str(port["containerPort"]) for port in container(made)["ports"])
     assert f"EXPOSE {ports}" in dockerfile
     mounts = {mount["name"]: mount["mountPath"] for mount in container(made)["volumeMounts"]}
@@ -148,6 +178,46 @@ def test_services_find_the_pods_and_ports() -> None:
     ]
     assert selected == ["llm-trident-pods"] and monitor["endpoints"][0]["port"] == "metrics"
     assert made["PodDisruptionBudget", "llm-trident"]["spec"]["selector"] == stateful["selector"]
+
+
+def test_the_gateway_asks_all_servers_that_are_ready(monkeypatch: pytest.MonkeyPatch) -> None:
+    made = objects(EVERYTHING)
+    name = "llm-trident-gateway"
+    gateway, spec = container(made, "Deployment", name), pod(made, "Deployment", name)
+    for variable in gateway["env"]:
+        monkeypatch.setenv(variable["name"], "a-secret")
+    arguments = gateway_arguments(gateway["args"])
+    assert arguments.api_key == arguments.admin_token == "a-secret" and arguments.load_factor == 2
+    (place,) = read_places(arguments.url)
+    host, _, port = place.url.partition(":")
+    servers = made["Service", host]["spec"]
+    assert place.is_name and servers["clusterIP"] == "None" and not servers.get("publishNotReadyAddresses")
+    assert int(port) in {item["port"] for item in servers["ports"] if item["name"] == "grpc"}
+    assert spec["terminationGracePeriodSeconds"] >= arguments.drain_timeout + int(
+        gateway["lifecycle"]["preStop"]["exec"]["command"][1]
+    )
+    assert [port["containerPort"] for port in gateway["ports"]] == [arguments.port]
+    shipped = gateway_arguments(container(objects({}), "Deployment", name)["args"])
+    assert shipped.load_factor == gateway_arguments([]).load_factor == LOAD_FACTOR
+
+
+def test_the_gateways_pods_are_its_own_and_not_privileged() -> None:
+    made = objects(EVERYTHING)
+    name = "llm-trident-gateway"
+    labels = made["Deployment", name]["spec"]["template"]["metadata"]["labels"]
+    for (kind, found), item in made.items():
+        if kind in ("Service", "PodDisruptionBudget"):
+            selector = item["spec"]["selector"]
+            selects = selector.get("matchLabels", selector).items() <= labels.items()
+            assert selects == (found == name), (kind, found)
+    assert made["Deployment", name]["spec"]["selector"]["matchLabels"].items() <= labels.items()
+    gateway = container(made, "Deployment", name)
+    assert gateway["image"] == "registry.example/gateway:1"
+    assert gateway["securityContext"]["readOnlyRootFilesystem"] and pod(made, "Deployment", name)["nodeSelector"]
+    assert pod(made, "Deployment", name)["securityContext"]["runAsNonRoot"]
+    assert gateway["livenessProbe"]["httpGet"]["path"] == "/health"
+    assert gateway["readinessProbe"]["httpGet"]["path"] == "/ready"
+    assert "nvidia.com/gpu" not in gateway["resources"]["limits"]
 
 
 def test_scaling_and_alerts_are_those_of_the_metrics() -> None:

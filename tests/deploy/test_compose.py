@@ -12,9 +12,12 @@ from typing import Any
 import pytest
 import yaml
 
+from tests.deploy.gateway_arguments import gateway_arguments
 from tests.launch.helpers import ROOT
+from trident_gateway.places import read_places
 
 FOLDER = Path("deploy/compose")
+DOCKERFILE = (ROOT / "Dockerfile").read_text()
 
 
 def config(root: Path) -> subprocess.CompletedProcess[str]:
@@ -52,7 +55,7 @@ def test_a_wrong_key_is_refused(checkout: Path, tmp_path: Path) -> None:
 
 
 def test_every_mounted_file_is_there(checkout: Path, services: dict[str, Any]) -> None:
-    binds = [v["source"] for s in services.values() for v in s["volumes"] if v["type"] == "bind"]
+    binds = [v["source"] for s in services.values() for v in s.get("volumes", []) if v["type"] == "bind"]
     assert len(binds) == 5
     for source in binds:
         assert (ROOT / Path(source).relative_to(checkout)).is_file(), source
@@ -62,7 +65,9 @@ def test_ports_are_local_and_images_have_a_version(services: dict[str, Any]) -> 
     for name, service in services.items():
         assert {port["host_ip"] for port in service["ports"]} == {"127.0.0.1"}
         assert service["cap_drop"] == ["ALL"]
-        assert name == "trident" or any(character.isdigit() for character in service["image"].partition(":")[2])
+        built = name in ("trident", "gateway")
+        assert built or any(character.isdigit() for character in service["image"].partition(":")[2])
+        assert not built or f" AS {service['build']['target']}\n" in DOCKERFILE
 
 
 def test_trident_has_a_gpu_a_secret_and_the_models_folder(services: dict[str, Any]) -> None:
@@ -70,7 +75,21 @@ def test_trident_has_a_gpu_a_secret_and_the_models_folder(services: dict[str, An
     (device,) = trident["deploy"]["resources"]["reservations"]["devices"]
     assert device["capabilities"] == ["gpu"] and device["count"] == 1
     assert trident["environment"] == {"TRIDENT_ADMIN_TOKEN": "change-me"}
-    assert trident["volumes"][0]["target"] in (ROOT / "Dockerfile").read_text()
+    assert trident["volumes"][0]["target"] in DOCKERFILE
+
+
+def test_the_gateway_asks_trident_and_has_both_secrets(services: dict[str, Any], monkeypatch: Any) -> None:
+    gateway = services["gateway"]
+    assert gateway["environment"] == {"TRIDENT_API_KEY": "change-me", "TRIDENT_ADMIN_TOKEN": "change-me"}
+    assert gateway["read_only"] and gateway["deploy"]["resources"]["limits"]["memory"]
+    for name, value in gateway["environment"].items():
+        monkeypatch.setenv(name, value)
+    arguments = gateway_arguments(gateway["command"])
+    (place,) = read_places(arguments.url)
+    name, _, port = place.url.partition(":")
+    assert {"target": int(port)}.items() <= services[name]["ports"][1].items()
+    assert {port["target"] for port in gateway["ports"]} == {arguments.port}
+    assert arguments.drain_timeout < 30, "stop_grace_period"
 
 
 def test_prometheus_scrapes_trident_and_grafana_reads_prometheus(services: dict[str, Any]) -> None:

@@ -74,6 +74,14 @@ def test_offsets_count_up_and_the_end_has_a_reason(make_core):
     assert core.stats()["kv_blocks_used"] == 0
 
 
+def test_tokens_of_steps_are_those_computed(make_core):
+    core = make_core(max_num_batched_tokens=16, max_num_seqs=8)
+    run(core, submit(prompt=range(5, 45)), submit(prompt=range(50, 60)))
+    found = core.request_metrics.to_dict()["iteration_tokens_total"]
+    assert found["sum"] == 40 + 10 + 2 * 11 and found["counts"][2] >= 3
+    assert sum(found["counts"]) == core.stats()["steps_total"]
+
+
 def test_a_random_stream_continues_the_same_after_resubmission(make_core):
     whole = generate(make_core(), submit(temperature=1.5, seed=42))
     for cut in (1, 5, 11):
@@ -217,6 +225,23 @@ def test_a_full_queue_refuses(make_core):
         core.add(submit())
     core.add(resumed := submit(output_ids={0: [7, 8]}))
     assert len(tokens(run(core), resumed)) == 10
+
+
+def test_a_request_that_would_wait_too_long_is_refused_at_once(make_core):
+    core = make_core(max_num_seqs=2, max_queue_wait=1e-6)
+    requests = [submit() for _ in range(6)]
+    deltas = run(core, *requests[:4])
+    # Four were taken while nothing was known of how quickly others end.
+    assert core.num_places == 2 + 768
+    core.add(submit())
+    core.add(submit())
+    core.step()
+    assert core.num_places <= 0
+    with pytest.raises(Overloaded, match=r"would wait for about .* s \(max_queue_wait 1e-06 s\)"):
+        core.add(requests[4])
+    core.add(resumed := submit(output_ids={0: [7, 8]}))
+    assert len(tokens(run(core), resumed)) == 10
+    assert all(len(tokens(deltas, request)) == 12 for request in requests[:4])
 
 
 def test_waiting_too_long_is_an_error_for_that_request_only(make_core):

@@ -243,6 +243,7 @@ def test_a_failure_leaves_the_old_weights(folder, monkeypatch, tmp_path, where, 
     assert run.core.config.isq_method == "rtn" and directory.read_requantized() is None
     after = submit(PROMPTS[1])
     assert run.wait(run.begin(**AWQ))["state"] == "done"
+    assert run.core.stats()["requantize_jobs"] == {"running": 0, "done": 1, "failed": 1}
     assert run.finish(after) == fresh(folder, after, **AWQ)
     run.core.close()
 
@@ -291,6 +292,7 @@ def test_one_at_a_time_and_jobs_have_names(run):
     assert run.wait(job)["state"] == "done"
     back = run.wait(run.begin(isq_method=""))
     assert back["progress"] == "all weights are in full precision" and run.core.stats()["quantization"] is None
+    assert run.core.stats()["requantize_jobs"] == {"running": 0, "done": 2, "failed": 0}
 
 
 def test_adapters_stay_usable(folder, tmp_path):

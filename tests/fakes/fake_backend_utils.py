@@ -140,18 +140,27 @@ class Metric:
 
 
 class MetricFamily:
+    """As in the server, values live as long as a family object that made them, whatever others refer to them."""
+
     GAUGE, COUNTER = "gauge", "counter"
     metrics: ClassVar[dict[str, Metric]] = {}
 
     def __init__(self, name: str, description: str, kind: str) -> None:
         assert description and kind in (self.GAUGE, self.COUNTER)
         self._name = name
+        self._made: dict[str, Metric] = {}
+
+    def __del__(self) -> None:
+        for name, metric in self._made.items():
+            if self.metrics.get(name) is metric:
+                del self.metrics[name]
 
     def Metric(self, labels: dict[str, str]) -> Metric:
         others = {name: value for name, value in labels.items() if name != "engine"}
         assert labels == {"engine": "llm", **others}
         labelled = "".join(f"{{{name}={value}}}" for name, value in others.items())
-        return self.metrics.setdefault(self._name + labelled, Metric())
+        name = self._name + labelled
+        return self._made.setdefault(name, self.metrics.setdefault(name, Metric()))
 
 
 def get_input_tensor_by_name(request: Request, name: str) -> Any:

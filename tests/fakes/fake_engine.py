@@ -16,6 +16,7 @@ from typing import Any
 
 from tests.fakes.byte_tokenizer import EOS_TOKEN_ID, VOCAB_SIZE
 from trident_llm.config import EngineConfig
+from trident_llm.engine.adapter_usage import AdapterUsage
 from trident_llm.engine.process import main
 from trident_llm.engine.request_metrics import RequestMetrics
 from trident_llm.errors import BadRequest, LoadFailed, Overloaded
@@ -46,6 +47,7 @@ class FakeSequence:
     submit: Submit
     sample_index: int
     num_output: int
+    usages: tuple[AdapterUsage, ...]
 
     @property
     def is_silent(self) -> bool:
@@ -57,7 +59,7 @@ class FakeSequence:
 
 
 class FakeEngineCore:
-    """One token per sequence and step.
+    """One token per sequence and step. Adapters are names that ``load_adapter`` and ``unload_adapter`` bring and take.
 
     A prompt that contains ``<crash>`` breaks its first step, with ``<crash:N>`` the one after N tokens, and with
     ``<refuse>`` it breaks ``add``; ``<crash-once:FILE>`` breaks the third step unless FILE exists, and makes it, and
@@ -83,6 +85,7 @@ class FakeEngineCore:
         self.on_launch: Callable[[Iterable[str]], None] = lambda request_ids: None
         self.on_complete: Callable[[], None] = lambda: None
         self.request_metrics = RequestMetrics()
+        self._adapters: dict[str, None] = {}
         self._counters = {"prompt_tokens_total": 0, "output_tokens_total": 0, "peak_running_requests": 0, "steps": 0}
         if progress is not None:
             progress("loading the fake weights")
@@ -97,6 +100,7 @@ class FakeEngineCore:
             eos_token_ids=[EOS_TOKEN_ID],
             max_num_seqs=self.config.max_num_seqs,
             max_queue_size=self.config.max_queue_size,
+            max_queue_wait=self.config.max_queue_wait,
             limits=self.config.limits,
             log_format=self.config.log_format,
             log_level=self.config.log_level,
@@ -111,10 +115,11 @@ class FakeEngineCore:
         if self.num_places <= 0:
             raise Overloaded("the queue is full; retry after 1 s")
         self._counters["prompt_tokens_total"] += len(submit.prompt_ids)
-        self.request_metrics.added(len(submit.samples))
+        usages = self.request_metrics.adapters.of(submit.adapter)
+        self.request_metrics.added(len(submit.samples), usages)
         for sample in submit.samples:
             key = (submit.request_id, sample.index)
-            self._running[key] = FakeSequence(submit, sample.index, len(sample.output_ids))
+            self._running[key] = FakeSequence(submit, sample.index, len(sample.output_ids), usages)
         peak = max(self._counters["peak_running_requests"], len({key[0] for key in self._running}))
         self._counters["peak_running_requests"] = peak
 
@@ -132,6 +137,11 @@ class FakeEngineCore:
 
     def run_command(self, command: str, arguments: Mapping[str, Any]) -> Future[dict[str, Any]]:
         result: Future[dict[str, Any]] = Future()
+        if command == "load_adapter":
+            self._adapters[arguments["name"]] = None
+        elif command == "unload_adapter":
+            del self._adapters[arguments["name"]]
+        self.request_metrics.adapters.keep(self._adapters)
         result.set_result({"command": command, "arguments": dict(arguments)})
         return result
 
@@ -150,6 +160,9 @@ class FakeEngineCore:
         time.sleep(max(0.0, end - time.monotonic()))
         self._counters["steps"] += 1
         self._counters["output_tokens_total"] += len(self._running)
+        for usage in [usage for sequence in self._running.values() for usage in sequence.usages]:
+            usage.generated_tokens += 1
+        self.request_metrics.end_step(time.monotonic(), len(self._running))
         deltas = [_advance(sequence) for sequence in self._running.values() if not sequence.is_silent]
         self.on_complete()
         for delta in deltas:
@@ -172,6 +185,7 @@ class FakeEngineCore:
             **dict.fromkeys(zeros, 0),
             **self._counters,
             "running_requests": len({key[0] for key in self._running}),
+            "adapter_usage": self.request_metrics.adapters.to_dict(),
             "kv_blocks_total": NUM_BLOCKS,
             "kv_blocks_used": sum(sequence.num_blocks for sequence in self._running.values()),
         }

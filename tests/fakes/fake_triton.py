@@ -91,7 +91,9 @@ class Generation:
 class FakeTriton(service_pb2_grpc.GRPCInferenceServiceServicer):
     """A context manager. ``script`` is used up from its front; its last entry serves all further requests."""
 
-    def __init__(self, *script: Behaviour, num_input_tokens: int = 4, samples: int = 1) -> None:
+    def __init__(
+        self, *script: Behaviour, num_input_tokens: int = 4, samples: int = 1, address: str = "127.0.0.1:0"
+    ) -> None:
         self.script = list(script) or [Answer()]
         self.num_input_tokens = num_input_tokens
         self.samples = samples
@@ -103,11 +105,12 @@ class FakeTriton(service_pb2_grpc.GRPCInferenceServiceServicer):
         self._lock = threading.Lock()
         self._server = grpc.server(ThreadPoolExecutor(max_workers=64))
         service_pb2_grpc.add_GRPCInferenceServiceServicer_to_server(self, self._server)
-        self.port = self._server.add_insecure_port("127.0.0.1:0")
+        self.host = address.rpartition(":")[0]
+        self.port = self._server.add_insecure_port(address)
 
     @property
     def url(self) -> str:
-        return f"127.0.0.1:{self.port}"
+        return f"{self.host}:{self.port}"
 
     def __enter__(self) -> FakeTriton:
         self._server.start()

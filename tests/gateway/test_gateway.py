@@ -15,7 +15,6 @@ from tests.gateway.gateways import client, gateway
 from trident_client import cli
 from trident_gateway.answers import AnswerWriter
 from trident_gateway.questions import read_question
-from trident_gateway.upstreams import Upstreams
 
 MESSAGES: Any = [{"role": "user", "content": "Hi"}]
 BODY = {"model": "llm", "messages": MESSAGES}
@@ -183,29 +182,18 @@ def test_the_key_and_readiness() -> None:
             connection.close()
 
 
-def test_conversations_stay_and_overloaded_servers_are_passed_by() -> None:
-    full = Fail("[UNAVAILABLE] the queue is full; retry after 1 s")
-    with FakeTriton(Answer()) as one, FakeTriton(Answer()) as two, gateway(one.url, two.url) as address:
-        for number in range(12):
-            for _ in range(2):
-                post(address, {"model": "llm", "prompt": f"prompt {number}"}, "/v1/completions")
-        seen = [[generation.text_input for generation in server.generations] for server in (one, two)]
-        assert seen[0] and seen[1] and not set(seen[0]) & set(seen[1])
-        one.script[:] = [full]
-        assert post(address, {"model": "llm", "prompt": seen[0][0]}, "/v1/completions")[0] == 200
-        two.script[:] = [full]
-        assert post(address, {"model": "llm", "prompt": "x"}, "/v1/completions")[0] == 429
-
-
-def test_the_beginning_of_a_conversation_stays_as_it_grows() -> None:
-    first = read_question(json.dumps(BODY).encode(), chat=True)
-    later = [*MESSAGES, {"role": "assistant", "content": "a"}, {"role": "user", "content": "b"}]
-    assert first.beginning() == read_question(json.dumps({**BODY, "messages": later}).encode(), chat=True).beginning()
-
-
 @pytest.mark.parametrize(
     ("arguments", "message"),
-    [(["--host", "0.0.0.0"], "--api-key"), (["--port", "0"], "--port"), (["--url", "nowhere"], "url")],
+    [
+        (["--host", "0.0.0.0"], "--api-key"),
+        (["--port", "0"], "--port"),
+        (["--url", "nowhere"], "'nowhere'"),
+        (["--url", "a:1,,b:2"], "''"),
+        (["--url", "dns:nowhere"], "'dns:nowhere'"),
+        (["--load-factor", "0.9"], "--load-factor: 0.9"),
+        (["--load-factor", "nan"], "--load-factor: nan"),
+        (["--drain-timeout", "-1"], "--drain-timeout: -1"),
+    ],
 )
 def test_the_command_refuses(capsys: pytest.CaptureFixture[str], arguments: list[str], message: str) -> None:
     assert cli.main(["openai", *arguments]) == cli.EXIT_BAD_REQUEST
@@ -224,6 +212,3 @@ def test_text_offsets_go_on_over_chunks() -> None:
     assert [part["text_offset"] for part in found] == [[0], [2]]
     assert found[0]["tokens"] == ["ab"] and found[0]["top_logprobs"] == [{"c": -0.5}]
 
-
-def test_without_the_admin_door_there_is_only_the_base_model() -> None:
-    assert Upstreams(["localhost:8001"], "").models() == ["llm"]

@@ -15,16 +15,20 @@ from tests.fakes.fake_hopper import FakeHopperDriver
 from tests.fakes.paged_steps import Chunk, PagedSteps
 from trident_llm.kernels.adjust_logits import AdjustmentTensors, adjust_logits, count_tokens
 from trident_llm.kernels.layer_cache import SCALED_LIMITS, LayerCache
-from trident_llm.kernels.lora import add_lora
+from trident_llm.kernels.lora import expand, shrink, updates
 from trident_llm.kernels.lora_layer import LoraRows, allocate_lora_layer
 from trident_llm.kernels.quantize_rows import quantize_rows
+from trident_llm.kernels.quantized_rows import allocate_rows
 from trident_llm.kernels.quantized_weight import BITS, Activations, QuantizedWeight
+from trident_llm.kernels.rms_norm import rms_norm
 from trident_llm.kernels.sample_tokens import SamplingTensors, allocate_workspace, sample_tokens
 from trident_llm.kernels.scaled_matmul import scaled_matmul
+from trident_llm.kernels.silu_and_quantize import MAX_SIZE, silu_and_quantize
 from trident_llm.kernels.token_logprobs import token_logprobs
 from trident_llm.kernels.triton_language import TritonLanguageKernels
 
 KERNELS = TritonLanguageKernels(num_processors=132, pdl=True)
+CPU = torch.device("cpu")
 
 
 @pytest.fixture
@@ -152,16 +156,41 @@ def test_scaled_linear(hopper: FakeHopperDriver, activations: Activations, dtype
     }  # fmt: skip
 
 
+@pytest.mark.parametrize("codes", [torch.int8, torch.float8_e4m3fn], ids=str)
+def test_rows_that_become_8_bits_stay_in_registers(
+    hopper: FakeHopperDriver, tmp_path: Path, codes: torch.dtype
+) -> None:
+    """None of a thread's local memory is used."""
+    dtype = torch.bfloat16
+    for size in (4096, 14336):
+        residual, rows = torch.empty(64, size, dtype=dtype), allocate_rows(64, size, codes, dtype=dtype, device=CPU)
+        rms_norm(residual, residual[0], 1e-5, rows, residual=residual.clone(), pdl=True)
+    assert_no_stack(hopper, "_rms_norm_kernel", tmp_path)
+    for size in (14336, MAX_SIZE):
+        silu_and_quantize(torch.empty(64, 2 * size, dtype=dtype), codes, pdl=True)
+        assert_no_stack(hopper, "_silu_and_quantize_kernel", tmp_path)
+
+
+def assert_no_stack(hopper: FakeHopperDriver, name: str, folder: Path) -> None:
+    cubin = folder / "kernel.cubin"
+    cubin.write_bytes(hopper.machine_code[name])
+    tool = Path(triton.backends.nvidia.__file__).parent / "bin" / "cuobjdump"
+    usage = subprocess.run([tool, "--dump-resource-usage", cubin], capture_output=True, text=True, check=True).stdout
+    assert " STACK:0 " in usage and " LOCAL:0 " in usage
+
+
 @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16, torch.float32])
 @pytest.mark.parametrize("part_sizes", [(4096, 1024, 1024), (14336, 14336), (4096,)], ids=["qkv", "gate-up", "o"])
 def test_lora(hopper: FakeHopperDriver, part_sizes: tuple[int, ...], dtype: torch.dtype) -> None:
     layer = allocate_lora_layer(
-        part_sizes, 4096, first_target=0, num_slots=2, max_rank=64, dtype=dtype, device=torch.device("cpu")
+        part_sizes, 4096, first_target=0, num_slots=2, max_rank=64, dtype=dtype, device=CPU
     )
     rows = LoraRows(weights=torch.zeros(1, 20, 2), tile_slots=torch.full((2, 2), -1, dtype=torch.int32))
     x, y = torch.empty(20, 4096, dtype=dtype), torch.empty(20, sum(part_sizes), dtype=dtype)
+    hidden = shrink(x, layer, rows, pdl=True)
     for bias in (None, y[0]):
-        add_lora(y, x, bias, layer, rows, pdl=True)
+        expand(y, bias, hidden, layer, rows, pdl=True)
+    updates(hidden, layer, rows, pdl=True)
     assert {name for name, _, _ in hopper.compiled} == {"_shrink_kernel", "_expand_kernel"}
 
 

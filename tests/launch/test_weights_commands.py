@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import re
 from pathlib import Path
 
 import pytest
@@ -40,9 +41,26 @@ def test_estimate(model: str, capsys: pytest.CaptureFixture[str]) -> None:
     assert json.loads(capsys.readouterr().out)["device"] == "cpu"
 
 
+def test_estimate_of_streams(model: str, capsys: pytest.CaptureFixture[str]) -> None:
+    arguments = ["estimate", model, "--gpu-memory", "1.5GiB", "--stream-tokens", "40", "--set", "dtype=bf16"]
+    assert main([*arguments, "--json"]) == 0
+    found = json.loads(capsys.readouterr().out)
+    assert found["streams"] == found["kv_tokens"] // 48 and found["stream_tokens"] == 40
+    assert found["kv_tokens"] == found["kv_room"] // found["kv_bytes_per_token"]
+    assert main([*arguments, "--set", "max_num_seqs=9"]) == 0
+    text = capsys.readouterr().out.splitlines()[-1]
+    match = re.fullmatch(r"streams of 40 tokens: ([\d,]+) / \(16 x ceil\(40 / 16\)\) = ([\d,]+) at once, .*", text)
+    assert match and text.endswith("max_num_seqs lets 9 run")
+    assert int(match[1].replace(",", "")) // 48 == int(match[2].replace(",", ""))
+    assert main(["estimate", model, "--stream-tokens", "40", "--set", "device=cpu"]) == 2
+    assert "--gpu-memory" in capsys.readouterr().err
+
+
 @pytest.mark.parametrize(
     ("arguments", "words"),
     [
+        (["--gpu-memory", "1GiB", "--stream-tokens", "0"], "--stream-tokens: 0"),
+        (["--gpu-memory", "1GiB", "--stream-tokens", "100000000"], "--stream-tokens: 100000000"),
         (["--gpu-memory", "much"], "--gpu-memory 'much'"),
         (["--gpu-memory", "0"], "--gpu-memory '0'"),
         (["--method", "rtn", "--set", "isq_method=awq"], "--method and --set isq_method"),

@@ -3,9 +3,13 @@ with the client."""
 
 from __future__ import annotations
 
+import json
 import os
+import re
+import shutil
 import signal
 import time
+import urllib.request
 from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path
@@ -13,12 +17,17 @@ from typing import Any
 
 import pytest
 
+from tests.fakes.broken_adapters import REFUSED
+from tests.fakes.engine_runs import wait_until
 from tests.fakes.peft_adapters import greedy, write_adapter
 from tests.fakes.peft_mixes import greedy_without_cache, write_mix
 from tests.fakes.tiny_models import write_tiny_llama
-from tests.live.serving import serving
+from tests.live.requests import EventStream, GrpcStream, generate, post
+from tests.live.serving import Serving, serving
+from tests.live.tensor_stream import TensorStream, inputs_of
 from trident_client import BadRequest, Completion, NotFound, TridentClient
 from trident_client.cli import main
+from trident_client.metrics_text import parse_metrics
 from trident_llm import Engine, EngineConfig
 from trident_llm.text import Tokenizer
 
@@ -29,7 +38,9 @@ PROMPT = "Hello"
 
 @dataclass(frozen=True)
 class Served:
+    server: Serving
     url: str
+    metrics_url: str
     folder: Path
     """Of the base model."""
     expected: dict[str, list[int]]
@@ -55,7 +66,7 @@ def served(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Served]:
     }  # fmt: skip
     arguments = [word for key, value in settings.items() for word in ("--set", f"{key}={value}")]
     with serving(tmp_path_factory.mktemp("serve"), "--model", str(folder), "--no-sample", *arguments) as server:
-        yield Served(f"127.0.0.1:{server.ports.grpc}", folder, expected)
+        yield Served(server, server.grpc_url, server.metrics_url, folder, expected)
 
 
 def answer(client: TridentClient, **options: Any) -> Completion:
@@ -66,6 +77,14 @@ def tokens_of(client: TridentClient, **options: Any) -> list[int]:
     entries = answer(client, logprobs=0, **options).samples[0].logprobs
     assert entries is not None
     return [int(next(iter(entry))) for entry in entries]
+
+
+def usage(served: Served) -> dict[str, tuple[float, float]]:
+    """Requests and generated tokens by adapter, from the metrics."""
+    with urllib.request.urlopen(served.metrics_url, timeout=10) as response:
+        adapters = parse_metrics(response.read().decode(), 0.0).adapters
+    names = ("adapter_requests_total", "adapter_generated_tokens_total")
+    return {adapter: (values[names[0]], values[names[1]]) for adapter, values in adapters.items()}
 
 
 def test_requests_choose(served: Served) -> None:
@@ -82,15 +101,24 @@ def test_adapters_come_and_go(served: Served, capsys: pytest.CaptureFixture[str]
     url = ["--url", served.url]
     assert main(["adapters", "load", "late", "b", *url]) == 0
     with TridentClient(served.url) as client:
+        wait_until(lambda: usage(served).get("late") == (0, 0))
+        before = {name: tuple(used.values()) for name, used in client.stats()["adapter_usage"].items()}
+        assert before.keys() == {"a", "one", "two", "xlora", "late", "_other"}
         assert tokens_of(client, adapter="late") == served.expected["b"]
+        wait_until(lambda: usage(served) == {**before, "late": (1, 8)})
+        assert main(["top", "--once", "--interval", "0.1", "--metrics-url", served.metrics_url, *url]) == 0
         assert main(["adapters", "list", *url]) == 0
         assert main(["adapters", "unload", "late", *url]) == 0
+        del before["late"]
+        wait_until(lambda: usage(served) == before)
         with pytest.raises(NotFound, match="adapter: 'late' is not loaded; loaded: a, one, two, xlora"):
             answer(client, adapter="late")
         with pytest.raises(BadRequest, match="lies outside adapter_root"):
             client.load_adapter("late", "/etc")
     shown = capsys.readouterr().out
     assert "loaded late" in shown and "mix xlora: one, two" in shown
+    assert re.search(r"(?m)^adapter +requests/s +tokens/s +users +slot$", shown)
+    assert re.search(r"(?m)^late +0.0 +0.0 +0 +\d$", shown) and re.search(r"(?m)^xlora +0.0 +0.0 +- +-$", shown)
 
 
 def test_a_picture_of_the_mix(served: Served, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
@@ -100,6 +128,85 @@ def test_a_picture_of_the_mix(served: Served, tmp_path: Path, capsys: pytest.Cap
     assert path.read_bytes().startswith(b"\x89PNG")
     lines = capsys.readouterr().out.splitlines()
     assert lines[0].split() == ["one", "two"] and len(lines) == 1 + 4 + 1 + 1
+
+
+def test_vllm_backends_name_of_the_option(served: Served) -> None:
+    greedy_options = {"max_tokens": "8", "temperature": "0", "ignore_eos": True, "logprobs": 0}
+    with TensorStream(served.server) as connection:
+
+        def ask(**options: Any) -> Any:
+            return connection.answer(inputs_of(PROMPT, {**greedy_options, **options}, return_logprobs=True))
+
+        for options, expected in (({"lora_name": "a"}, "a"), ({"xlora": False}, "base"), ({}, "mix")):
+            rows = json.loads(ask(**options).text("logprobs"))
+            assert [int(next(iter(row))) for row in rows] == served.expected[expected]
+        unknown, twice = ask(lora_name="bactrian").error, ask(lora_name="a", adapter="a").error
+    assert "[NOT_FOUND] adapter: 'bactrian' is not loaded; loaded: a, one, two, xlora" in unknown.message()
+    assert twice.message().endswith("'a': given under its other name, too; give one of them")
+
+
+def check_refused(served: Served, path: str, error: type[Exception], reason: str) -> None:
+    """On both ways to llm_admin, under a new name and under one that is taken; nothing has changed then."""
+    with TridentClient(served.url) as client:
+        before = client.list_adapters()
+        for name in ("new", "a"):
+            arguments = json.dumps({"name": name, "path": path})
+            answer = post(served.server, "/v2/models/llm_admin/generate", command="load_adapter", arguments=arguments)
+            assert answer.status >= 400 and re.search(f"adapter '{name}': .*{reason}", answer.body["error"])
+            with pytest.raises(error, match=f"adapter '{name}': .*{reason}"):
+                client.load_adapter(name, path)
+        assert client.list_adapters() == before
+        assert tokens_of(client, adapter="a") == served.expected["a"]
+
+
+@pytest.mark.parametrize("case", REFUSED)
+def test_broken_adapters_change_nothing(served: Served, case: str) -> None:
+    spoil, error, reason = REFUSED[case]
+    folder = served.folder.parent / f"broken-{case}"
+    shutil.copytree(served.folder.parent / "a", folder)
+    spoil(folder)
+    check_refused(served, folder.name, NotFound if error.code == "NOT_FOUND" else BadRequest, reason)
+
+
+def test_adapters_outside_the_root_change_nothing(served: Served, tmp_path: Path) -> None:
+    root = served.folder.parent
+    outside = tmp_path / "outside"
+    shutil.copytree(root / "a", outside)
+    (root / "link").symlink_to(outside)
+    shutil.copytree(root / "a", root / "half")
+    (root / "half/adapter_model.safetensors").unlink()
+    (root / "half/adapter_model.safetensors").symlink_to(outside / "adapter_model.safetensors")
+    for path in (str(outside), f"../{root.name}/../..", "link", "/etc"):
+        check_refused(served, path, BadRequest, "lies outside adapter_root")
+    check_refused(served, "half", BadRequest, "adapter_model.safetensors is a link to outside adapter_root")
+    check_refused(served, "nothing", NotFound, "'nothing' is no folder below adapter_root")
+
+
+BAD_OPTIONS = {
+    "unknown": ({"adapter": "nobody"}, "[NOT_FOUND] adapter: 'nobody' is not loaded; loaded: a, one, two, xlora"),
+    "unknown in a blend": ({"adapter": "a:0.5,nobody:0.5"}, "[NOT_FOUND] adapter: 'nobody' is not loaded; loaded: a, "),
+    "mix in a blend": (
+        {"adapter": "a:0.5,xlora:0.5"}, "[INVALID_ARG] adapter: 'xlora' is an X-LoRA mix, which cannot be part of a ",
+    ),
+    "more than there are": ({"xlora_top_k": 9}, "[INVALID_ARG] xlora_top_k: 9 is more than the 2 adapters of 'xlora'"),
+    "no mix": (
+        {"adapter": "a", "xlora_temperature": 2}, "[INVALID_ARG] xlora_temperature: this request takes no X-LoRA mix",
+    ),
+}  # fmt: skip
+
+
+@pytest.mark.parametrize("door", ["llm", "llm_vllm"])
+@pytest.mark.parametrize("case", BAD_OPTIONS)
+def test_adapters_that_a_request_cannot_have(served: Served, door: str, case: str) -> None:
+    options, error = BAD_OPTIONS[case]
+    answer = generate(served.server, door, PROMPT, **options)
+    assert answer.status >= 400 and answer.body["error"].startswith(error)
+    (event,) = EventStream(served.server, door, PROMPT, **options).events()
+    assert event["error"].startswith(error)
+    with GrpcStream(served.server, door) as stream, TridentClient(served.url) as client:
+        stream.submit(PROMPT, stream=True, **options)
+        assert stream.next().error.startswith(error)
+        assert tokens_of(client, adapter="a") == served.expected["a"]
 
 
 def test_other_weights_under_a_stream_and_after_a_kill(served: Served, capsys: pytest.CaptureFixture[str]) -> None:
@@ -126,6 +233,8 @@ def test_other_weights_under_a_stream_and_after_a_kill(served: Served, capsys: p
         memory = stats["memory"]
         assert memory["weights_bytes_after"] < memory["weights_bytes_before"]
 
+        requests, tokens = stats["adapter_usage"]["a"].values()
+        wait_until(lambda: usage(served)["a"] == (requests, tokens))
         os.kill(stats["pid"], signal.SIGKILL)
         deadline = time.monotonic() + 60
         while not client.is_ready():
@@ -133,6 +242,7 @@ def test_other_weights_under_a_stream_and_after_a_kill(served: Served, capsys: p
             time.sleep(0.1)
         assert client.generate(PROMPT, stream=False, **long).text == expected.text
         assert tokens_of(client, adapter="a") == adapted
+        wait_until(lambda: usage(served)["a"] == (requests + 1, tokens + 8))
         stats = client.stats()
         assert stats["isq_method"] == "rtn" and stats["memory"] == memory
         assert client.jobs() == []

@@ -15,6 +15,7 @@ from typing import Any
 import pytest
 import torch
 
+from tests.fakes.engine_runs import wait_until
 from tests.live.requests import (
     EventStream,
     GrpcStream,
@@ -28,6 +29,7 @@ from tests.live.requests import (
     wait_until_running,
 )
 from tests.live.serving import Serving, serving
+from tests.live.tensor_stream import TensorStream, inputs_of
 from trident_client import BadRequest, TridentClient
 from trident_llm import Engine, EngineConfig
 
@@ -197,6 +199,39 @@ def start_stream(server: Serving, door: str, way: str) -> Callable[[], None]:
     stream = GrpcStream(server, door)
     stream.submit("Once upon a time", stream=True, **options)
     return stream.cancel
+
+
+def test_metrics_count_what_vllm_backends_count(server: Serving) -> None:
+    prompts, num_tokens = ("The most dangerous animal is", "The capital of France is", "The future of AI is"), 6
+    # What was asked before is published within half a second.
+    time.sleep(0.7)
+    before = metrics(server)
+    with TensorStream(server) as connection:
+        for prompt in prompts:
+            inputs = inputs_of(prompt, {"max_tokens": num_tokens, "ignore_eos": True}, return_num_input_tokens=True)
+            connection.submit(inputs)
+        num_input_tokens = sum(int(connection.next().tensors["num_input_tokens"][0]) for _ in prompts)
+
+    def counted(name: str) -> float:
+        return metrics(server)[f"trident_{name}"] - before[f"trident_{name}"]
+
+    num_requests, num_output_tokens = len(prompts), len(prompts) * num_tokens
+    wait_until(lambda: counted("e2e_request_latency_seconds_count") == num_requests)
+    expected = {
+        "prompt_tokens_total": num_input_tokens,
+        "generation_tokens_total": num_output_tokens,
+        "time_to_first_token_seconds_count": num_requests,
+        "time_per_output_token_seconds_count": num_output_tokens - num_requests,
+        "request_prompt_tokens_count": num_requests,
+        "request_prompt_tokens_sum": num_input_tokens,
+        "request_generation_tokens_count": num_requests,
+        "request_generation_tokens_sum": num_output_tokens,
+        "request_params_n_count": num_requests,
+        "request_params_n_sum": num_requests,
+    }
+    assert {name: counted(name) for name in expected} == expected
+    times = ("time_to_first_token", "time_per_output_token", "e2e_request_latency")
+    assert all(counted(f"{name}_seconds_sum") > 0 for name in times)
 
 
 BAD = {

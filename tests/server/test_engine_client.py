@@ -165,11 +165,12 @@ def test_an_engine_that_ends_in_a_row_without_a_step_stays_down(
 
 
 def test_overload_is_refused_while_a_step_runs(open_door, model_folder):
-    door = open_door(fake_launch(model_folder, step_time=0.5, max_num_seqs="2", max_queue_size="1"))
+    settings = {"max_num_seqs": "2", "max_queue_size": "1", "max_queue_wait": "0.5"}
+    door = open_door(fake_launch(model_folder, step_time=0.5, **settings))
     running = [door.submit("hello", max_tokens=4) for _ in range(3)]
     wait_until(lambda: door.num_running() == 3)
     began = time.monotonic()
-    with pytest.raises(Overloaded, match="retry after 2 s"):
+    with pytest.raises(Overloaded, match=r"full \(max_queue_size 1, max_queue_wait 0.5 s\); retry after 2 s"):
         door.submit("hello")
     assert time.monotonic() - began < 0.1
     assert [door.finish(generation) for generation in running] == [expected_text("hello", 4)] * 3

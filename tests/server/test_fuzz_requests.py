@@ -124,7 +124,8 @@ def read(reader: RequestReader, request: FakeRequest) -> None:
 
 PROMPTS = st.one_of(st.binary(max_size=40), st.text(max_size=40))
 TIMEOUTS = st.integers(0, 2**63)
-INPUTS = st.lists(st.tuples(st.sampled_from(["text_input", *OPTIONS, "image"]), TENSORS), max_size=5)
+NAMES = ["text_input", *OPTIONS, "lora_name", "image", "embedding_request"]
+INPUTS = st.lists(st.tuples(st.sampled_from(NAMES), TENSORS), max_size=5)
 
 
 @fuzz

@@ -232,6 +232,47 @@ def test_timeout_of_the_protocol_is_in_microseconds(streaming_door):
     assert outputs["finish_reason"] == b"cancelled"
 
 
+def test_adapters_have_counters_while_they_are_loaded(open_door, monkeypatch):
+    monkeypatch.setattr(metrics, "PUBLISH_INTERVAL", 0.02)
+    published = fake_backend_utils.MetricFamily.metrics
+    published.clear()
+    door = open_door()
+    publisher = metrics.MetricsPublisher(door.client, "llm")
+
+    def values() -> dict[str, float]:
+        """Tokens by adapter."""
+        name = "trident_adapter_generated_tokens_total{adapter="
+        found = {key: metric.current for key, metric in list(published.items()) if key.startswith(name)}
+        return {key.removeprefix(name).rstrip("}"): value for key, value in found.items()}
+
+    def load(name: str) -> None:
+        door.client.command("load_adapter", {"name": name})
+
+    wait_until(lambda: values() == {"_other": 0})
+    load("a")
+    load("b")
+    wait_until(lambda: values() == {"_other": 0, "a": 0, "b": 0})
+    door.finish(door.submit("hello", max_tokens=7, adapter="a"))
+    door.finish(door.submit("hello", max_tokens=5, adapter="gone"))
+    wait_until(lambda: values() == {"_other": 5, "a": 7, "b": 0})
+    assert published["trident_adapter_requests_total{adapter=a}"].current == 1
+    door.client.command("unload_adapter", {"name": "a"})
+    wait_until(lambda: values() == {"_other": 5, "b": 0})
+    load("a")
+    wait_until(lambda: values() == {"_other": 5, "a": 0, "b": 0})
+    door.finish(door.submit("hello", max_tokens=3, adapter="a:0.5,b:0.5"))
+    wait_until(lambda: values() == {"_other": 5, "a": 3, "b": 3})
+    publisher.close()
+    door.finish(door.submit("hello", max_tokens=4, adapter="b"))
+    successor = metrics.MetricsPublisher(door.client, "llm")
+    wait_until(lambda: values() != {"_other": 5, "a": 3, "b": 3})
+    door.finish(door.submit("hello", max_tokens=2, adapter="b"))
+    wait_until(lambda: values() != {"_other": 5, "a": 3, "b": 7})
+    time.sleep(0.1)
+    successor.close()
+    assert values() == {"_other": 5, "a": 3, "b": 9}
+
+
 def test_metrics_go_on_counting_over_a_restart(open_door, run_directory, monkeypatch):
     monkeypatch.setattr(metrics, "PUBLISH_INTERVAL", 0.02)
     fake_backend_utils.MetricFamily.metrics.clear()

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import dataclasses
 import json
+from collections.abc import Mapping
 from fractions import Fraction
 from typing import Any
 
@@ -19,9 +20,11 @@ from trident_llm.protocol import Limits
 LIMITS = Limits(max_n=4, max_stop_strings=3, max_logprobs=5, max_prompt_bytes=1000)
 
 
-def parse(defaults: Defaults | None = None, **raw: object) -> RequestOptions:
+def parse(
+    defaults: Defaults | None = None, *, beneath: Mapping[str, object] | None = None, **raw: object
+) -> RequestOptions:
     return RequestOptions.parse(
-        raw, limits=LIMITS, max_model_len=128, vocab_size=100, defaults=defaults or Defaults()
+        raw, limits=LIMITS, max_model_len=128, vocab_size=100, defaults=defaults or Defaults(), beneath=beneath
     )
 
 
@@ -206,6 +209,26 @@ def test_sampling_parameters_yield_to_explicit_options() -> None:
     options = parse(sampling_parameters=carried, temperature=0, top_k=None)
     assert (options.temperature, options.top_k, options.seed, options.stop) == (0.0, 3, None, ("x",))
     assert options.logit_bias == {5: 1.0}
+
+
+def test_sampling_parameters_win_over_what_lies_beneath() -> None:
+    carried = json.dumps({"temperature": 0.5, "top_k": 3, "seed": None})
+    beneath = {"temperature": 0.7, "top_k": 4, "seed": 5, "min_p": 0.1, "sampling_parameters": '{"min_p": 0.2, "n": 2}'}
+    options = parse(beneath=beneath, sampling_parameters=carried, top_k=2)
+    assert (options.temperature, options.top_k, options.seed, options.min_p, options.n) == (0.5, 2, None, 0.1, 2)
+
+
+def test_vllm_backends_name_for_adapters() -> None:
+    assert parse(VLLM_DEFAULTS, sampling_parameters='{"lora_name": "sql"}').adapter == "sql"
+    with pytest.raises(BadRequest, match=r"lora_name: 'a b' is not allowed .*; give NAME, or a blend"):
+        parse(VLLM_DEFAULTS, lora_name="a b")
+    for adapter in ("a", "b"):
+        with pytest.raises(BadRequest, match="given under its other name, too"):
+            parse(VLLM_DEFAULTS, lora_name="a", adapter=adapter)
+    with pytest.raises(BadRequest, match=r"unknown option 'lora_nam'; did you mean 'lora_name'\?"):
+        parse(VLLM_DEFAULTS, lora_nam="a")
+    with pytest.raises(BadRequest, match="unknown option 'lora_name'"):
+        parse(lora_name="a")
 
 
 def test_a_chat_request_of_tritons_openai_frontend_is_understood() -> None:

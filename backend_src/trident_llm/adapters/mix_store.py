@@ -65,6 +65,10 @@ class MixStore:
     def names(self) -> tuple[str, ...]:
         return tuple(self._names)
 
+    def live_names(self) -> list[str]:
+        """Also of those that only still run."""
+        return [mix.name for mix in self._all.values()]
+
     def has(self, name: str) -> bool:
         return name in self._names
 

@@ -34,6 +34,11 @@ class AdapterSlots:
         """Slots without a running user, the least recently used first."""
         self._loads: list[SlotLoad] = []
 
+    @property
+    def num_used(self) -> int:
+        """Slots that hold an adapter, whether or not a running sequence takes it."""
+        return sum(adapter is not None for adapter in self._adapters)
+
     def ready(self, adapters: Sequence[Adapter]) -> bool:
         """Whether all are on the device or in host memory. Asks for what is not."""
         if all(adapter.slot is not None or adapter.weights is not None for adapter in adapters):

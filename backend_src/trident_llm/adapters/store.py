@@ -61,6 +61,7 @@ class AdapterStore:
         self._by_generation: dict[int, Adapter] = {}
         self._pending: list[_PendingLoad] = []
         self._graces: list[tuple[float, Adapter]] = []
+        self._tell_names: Callable[[list[str]], None] = lambda names: None
         self.mixes = MixStore(self, journal)
         self._restore()
 
@@ -68,6 +69,11 @@ class AdapterStore:
     def is_new(self) -> bool:
         """Whether the settings say what to load: no engine has been here before."""
         return self._journal.is_new
+
+    @property
+    def uses_dora(self) -> bool:
+        """Whether an adapter that requests may name has DoRA's gains."""
+        return any(adapter.uses_dora for adapter in self._names.values())
 
     @property
     def is_busy(self) -> bool:
@@ -163,9 +169,17 @@ class AdapterStore:
             time.sleep(0.002)
         return reply.result()
 
+    def follow_names(self, tell: Callable[[list[str]], None]) -> None:
+        """Call ``tell`` now and with every change: names of mixes and adapters, also of those that only still run."""
+        self._tell_names = tell
+        self._tell_names(self._live_names())
+
     def stats(self) -> dict[str, int]:
         return {
             "adapters_loaded": len(self._names),
+            "mixes_loaded": len(self.mixes.names),
+            "adapter_slots_total": self.slots.num_slots,
+            "adapter_slots_used": self.slots.num_used,
             "adapter_slot_loads_total": self.slots.num_loads,
             "adapter_reads_total": self._host.num_reads,
         }
@@ -303,6 +317,10 @@ class AdapterStore:
             if not adapter.mix
         ]  # fmt: skip
         self._journal.record(entries + self.mixes.entries())
+        self._tell_names(self._live_names())
+
+    def _live_names(self) -> list[str]:
+        return [*self.mixes.live_names(), *(adapter.name for adapter in self._by_generation.values())]
 
     def _read_again(self, adapter: Adapter) -> AdapterWeights:
         return self.read(adapter.folder, f"adapter {adapter.name!r}")

@@ -26,9 +26,11 @@ from ..quantization.live_text import LiveText
 from .admission import Admission
 from .block_events import AllocateCallback, BlockEvents, BlockTotals, EvictCallback, FreeCallback, FreeReason
 from .host_tier import HostTier, TransferCosts
+from .jobs import Jobs
 from .loading import BuiltDecoder, LoadedModel, load_model
 from .model_runner import ModelRunner, SampledToken, StepResult
 from .paired_blocks import PairedBlocks
+from .queue_limit import QueueLimit
 from .requantize import Journal, Requantizer
 from .request_metrics import RequestMetrics
 from .scheduler import Scheduler, SchedulerOutput
@@ -104,6 +106,7 @@ class EngineCore:
             sliding_window=self.model.config.sliding_window,
             slots=self.adapters.slots if self.adapters else None,
         )
+        self._queue_limit = QueueLimit(lambda: self.config, self.scheduler)
         self._requantizer = Requantizer(
             config, self.model, self.runner, self.scheduler, is_idle=lambda: self._in_flight is None,
             journal=journal, on_changed=self._serves_now,
@@ -122,6 +125,8 @@ class EngineCore:
         self.counters = {"prompt_tokens_total": 0, "output_tokens_total": 0, "requests_total": 0, "steps_total": 0}
         self.step_seconds = 0.0
         self.request_metrics = RequestMetrics()
+        if self.adapters:
+            self.adapters.follow_names(self.request_metrics.adapters.keep)
         parts = [f"{name} {num_bytes / 2**20:,.0f} MiB" for name, num_bytes in memory(self).items()]
         logger.info("memory on %s: %s", self.model.device, ", ".join(parts).replace("_bytes", ""))
 
@@ -136,6 +141,7 @@ class EngineCore:
             eos_token_ids=sorted(self._eos_ids),
             max_num_seqs=self.config.max_num_seqs,
             max_queue_size=self.config.max_queue_size,
+            max_queue_wait=self.config.max_queue_wait,
             limits=self.config.limits,
             log_format=self.config.log_format,
             log_level=self.config.log_level,
@@ -146,8 +152,13 @@ class EngineCore:
         """Queue a request. Raises BadRequest when it can never run, Overloaded when the queue is full."""
         if submit.request_id in self._requests:
             raise BadRequest(f"request_id: {submit.request_id!r} is in use")
-        self._check_queue(submit)
+        if not any(start.output_ids for start in submit.samples):  # one that is submitted again had its place before
+            self._queue_limit.check(len(submit.samples))
         sequences = self._admission.sequences(submit)
+        blend = sequences[0].blend
+        usages = self.request_metrics.adapters.of(blend.spec) if blend else ()
+        for seq in sequences:
+            seq.usages = usages
         self._requests[submit.request_id] = {seq.sample_index: seq for seq in sequences}
         fresh = [seq for seq in sequences if not seq.num_output_tokens]
         if fresh:
@@ -158,7 +169,7 @@ class EngineCore:
                 self.scheduler.add(seq)
         self.counters["requests_total"] += 1
         if len(fresh) == len(sequences):
-            self.request_metrics.added(len(sequences))
+            self.request_metrics.added(len(sequences), usages)
 
     def abort(self, request_id: str, sample_index: int | None = None) -> None:
         """Drop a request, or one sample of it, and free its blocks. Unknown names are ignored."""
@@ -203,6 +214,7 @@ class EngineCore:
         """
         deltas = self.poll() + self._expired()
         output = self.scheduler.schedule()
+        self._queue_limit.scheduled()
         if output.scheduled:
             self.on_launch({item.seq.request_id for item in output.scheduled})
         began = time.perf_counter()
@@ -218,7 +230,7 @@ class EngineCore:
             self.on_complete()
             now = time.monotonic()
             deltas += [delta for token in sampled if (delta := self._accept(token, now)) is not None]
-            self.request_metrics.end_step(now)
+            self.request_metrics.end_step(now, finished.output.num_tokens)
             for item in finished.output.scheduled:
                 self.blocks.register(item.seq)
             self.counters["steps_total"] += 1
@@ -237,6 +249,11 @@ class EngineCore:
     def num_unfinished(self) -> int:
         """Sequences that run or wait."""
         return sum(map(len, self._requests.values()))
+
+    @property
+    def jobs(self) -> Jobs:
+        """Those that give the model other weights."""
+        return self._requantizer.jobs
 
     @property
     def live_text(self) -> LiveText:
@@ -259,20 +276,7 @@ class EngineCore:
     @property
     def num_places(self) -> int:
         """Sequences that ``add`` would still queue."""
-        most = self.config.max_queue_size + self.config.max_num_seqs
-        return max(most - len(self.scheduler.running), 1) - self.scheduler.num_unstarted
-
-    def _check_queue(self, submit: Submit) -> None:
-        if any(start.output_ids for start in submit.samples):
-            return  # resubmitted: it had its place before
-        num_samples, waiting = len(submit.samples), self.scheduler.num_unstarted
-        most = self.config.max_queue_size + self.config.max_num_seqs
-        if num_samples > most:
-            raise BadRequest(f"n: {num_samples} is not allowed; at most max_queue_size + max_num_seqs ({most})")
-        if waiting + num_samples > max(most - len(self.scheduler.running), 1):
-            raise Overloaded(
-                f"{waiting} requests are waiting (max_queue_size {self.config.max_queue_size}); retry after 2 s"
-            )
+        return self._queue_limit.num_places
 
     def _accept(self, token: SampledToken, now: float) -> Delta | None:
         """Append a token of a step that ended ``now`` to its sequence; None when that has been aborted since."""
@@ -375,6 +379,7 @@ def _make_runner(
         num_adapter_slots=config.num_adapter_slots,
         # Steps with a mix that is loaded later run without graphs.
         captures_mixes=bool(config.xlora) and config.routing_method == "learned",
+        uses_gains=lambda: model.adapters is not None and model.adapters.uses_dora,
         progress=progress,
     )
 

@@ -9,6 +9,7 @@ from dataclasses import dataclass, field
 from typing import Any
 
 from ..errors import EngineFailed, NotFound, TridentError
+from ..metrics_catalog import JOB_ENDS
 
 _KEPT = 32
 """Jobs that are remembered."""
@@ -29,16 +30,20 @@ class Job:
     """Of a failed one, beginning with its code."""
     began: float = field(default_factory=time.monotonic)
     ended: float | None = None
+    num_ended: dict[str, int] = field(default_factory=lambda: dict.fromkeys(JOB_ENDS, 0))
+    """Jobs like this one by the state they ended in."""
 
     def tell(self, progress: str) -> None:
         self.progress = progress
 
     def finish(self, progress: str) -> None:
-        self.state, self.progress, self.ended = "done", progress, time.monotonic()
+        self.progress = progress
+        self._end("done")
 
     def fail(self, error: Exception) -> None:
         known = error if isinstance(error, TridentError) else EngineFailed(f"{type(error).__name__}: {error}")
-        self.state, self.error, self.ended = "failed", str(known), time.monotonic()
+        self.error = str(known)
+        self._end("failed")
 
     def describe(self) -> dict[str, Any]:
         seconds = (time.monotonic() if self.ended is None else self.ended) - self.began
@@ -51,15 +56,20 @@ class Job:
             "seconds": round(seconds, 3),
         }
 
+    def _end(self, state: str) -> None:
+        self.state, self.ended = state, time.monotonic()
+        self.num_ended[state] += 1
+
 
 class Jobs:
     """Those of one engine process, the last ``_KEPT``. They end with it."""
 
     def __init__(self) -> None:
         self._jobs: OrderedDict[str, Job] = OrderedDict()
+        self._num_ended = dict.fromkeys(JOB_ENDS, 0)
 
     def begin(self, command: str) -> Job:
-        job = Job(command)
+        job = Job(command, num_ended=self._num_ended)
         self._jobs[job.id] = job
         while len(self._jobs) > _KEPT:
             self._jobs.popitem(last=False)
@@ -77,3 +87,8 @@ class Jobs:
     def describe(self) -> list[dict[str, Any]]:
         """All that are remembered, the newest first."""
         return [job.describe() for job in reversed(self._jobs.values())]
+
+    def counts(self) -> dict[str, int]:
+        """Those that run, and all that ended, by state."""
+        running = sum(job.state == "running" for job in self._jobs.values())
+        return {"running": running, **self._num_ended}

@@ -1,4 +1,4 @@
-"""Histograms of what requests went through in the engine: waits, times per token, lengths.
+"""What requests went through in the engine: histograms of waits, times per token and lengths, and use of adapters.
 
 Tokens of one step share its end, so most of them share the time since the token before: they are counted by that, and
 sorted into buckets once a step. Knows neither doors nor how metrics are published.
@@ -12,6 +12,7 @@ from collections import defaultdict
 from typing import Any
 
 from ..metrics_catalog import HISTOGRAMS
+from .adapter_usage import AdapterUsage, AdapterUsages
 from .sequence import Sequence
 
 
@@ -34,19 +35,23 @@ class RequestMetrics:
     def __init__(self) -> None:
         self._gaps: defaultdict[float, int] = defaultdict(int)
         """Tokens of this step by the time of the token before."""
+        self.adapters = AdapterUsages()
         self.clear()
 
     def clear(self) -> None:
         """Forget everything, such as the test that comes before readiness."""
         self._histograms = {spec.name: Histogram(spec.buckets) for spec in HISTOGRAMS}
+        self.adapters.clear()
 
     def to_dict(self) -> dict[str, dict[str, Any]]:
         """``counts`` (not cumulative) and ``sum`` of each histogram, by its name."""
         return {name: {"counts": list(h.counts), "sum": h.sum} for name, h in self._histograms.items()}
 
-    def added(self, num_samples: int) -> None:
-        """A new request, not one that is submitted again."""
+    def added(self, num_samples: int, usages: tuple[AdapterUsage, ...] = ()) -> None:
+        """A new request, not one that is submitted again, and what it takes of adapters."""
         self._observe("request_params_n", num_samples)
+        for usage in usages:
+            usage.requests += 1
 
     def token(self, seq: Sequence, now: float) -> None:
         """Call before the token is appended; ``now`` is the end of its step."""
@@ -57,9 +62,12 @@ class RequestMetrics:
             if seq.num_output_tokens == 0:
                 self._first_token(seq, now)
         seq.last_token_at = now
+        for usage in seq.usages:
+            usage.generated_tokens += 1
 
-    def end_step(self, now: float) -> None:
-        """``now``: what the step's calls of ``token`` had."""
+    def end_step(self, now: float, num_tokens: int) -> None:
+        """``now``: what the step's calls of ``token`` had. ``num_tokens``: computed by it, prompts included."""
+        self._observe("iteration_tokens_total", num_tokens)
         for last_token_at, times in self._gaps.items():
             self._observe("time_per_output_token_seconds", now - last_token_at, times)
         self._gaps.clear()

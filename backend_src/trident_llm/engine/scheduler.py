@@ -87,6 +87,8 @@ class Scheduler:
         self.running: list[Sequence] = []
         self.num_steps = 0
         self.num_preemptions = 0
+        self.num_finished = 0
+        """Running sequences that have ended, whatever the reason."""
         self.peak_running = 0
         self._added_at: dict[Sequence, int] = {}
         """Step at which each unfinished sequence was added, the oldest first."""
@@ -117,6 +119,7 @@ class Scheduler:
             return
         if seq.status is Status.RUNNING:
             self._stop_running(seq, reason)
+            self.num_finished += 1
         elif seq in self.waiting:
             self.waiting.remove(seq)
         else:

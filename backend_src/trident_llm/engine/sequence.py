@@ -12,6 +12,7 @@ from ..protocol import SamplingParams
 if TYPE_CHECKING:
     from ..adapters.adapter import Adapter, Blend
     from ..adapters.mix import MixUse
+    from .adapter_usage import AdapterUsage
 
 
 class Status(enum.Enum):
@@ -47,6 +48,8 @@ class Sequence:
     """Enters every block hash: blocks are shared between equal salts only."""
     blend: Blend | MixUse | None = None
     """What it takes of which adapters."""
+    usages: tuple[AdapterUsage, ...] = ()
+    """Where its tokens are counted by adapter."""
     companion: Sequence | None = None
     """With a mix: the same tokens as the pass sees them that yields the classifier's input. It owns the blocks of that
     pass and is never scheduled; ``num_computed`` counts what its blocks hold, at least as much as this one's."""

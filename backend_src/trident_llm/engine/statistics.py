@@ -31,6 +31,8 @@ def statistics(core: EngineCore) -> dict[str, Any]:
         "step_seconds_total": round(core.step_seconds, 6),
         **core.counters,
         **(core.adapters.stats() if core.adapters else {}),
+        "adapter_usage": core.request_metrics.adapters.to_dict(),
+        "requantize_jobs": core.jobs.counts(),
         "memory": memory(core),
         "quantization": model.quantization.to_dict() if model.quantization else None,
         "isq_method": core.config.isq_method,

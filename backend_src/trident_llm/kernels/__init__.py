@@ -14,6 +14,7 @@ from torch import Tensor
 from ..engine.batch import AttentionMetadata
 from .layer_cache import LayerCache
 from .lora_layer import LoraLayer, LoraRows
+from .quantized_rows import Rows
 from .quantized_weight import QuantizedWeight
 
 
@@ -26,8 +27,14 @@ class Kernels(Protocol):
         The packed weight is opaque to the caller, but for ``nbytes``.
         """
 
-    def linear(self, x: Tensor, weight: Any, bias: Tensor | None = None) -> Tensor:
-        """x [T, in] times a packed weight, plus bias [out] -> [T, out]."""
+    def input_codes(self, weight: Any, num_rows: int, dtype: torch.dtype) -> torch.dtype | None:
+        """The 8-bit dtype to which ``linear`` brings x [num_rows, in] of ``dtype``; None: it reads x as it is.
+
+        x may then come as QuantizedRows of that dtype.
+        """
+
+    def linear(self, x: Rows, weight: Any, bias: Tensor | None = None) -> Tensor:
+        """x [T, in] times a packed weight, plus bias [out] -> [T, out]. See ``input_codes``."""
 
     def rms_norm(self, x: Tensor, weight: Tensor, eps: float) -> Tensor:
         """RMSNorm over the last dimension, computed in float32; x [..., H], weight [H]. Zhang and Sennrich 2019."""
@@ -38,18 +45,49 @@ class Kernels(Protocol):
     def silu_and_mul(self, gate_up: Tensor) -> Tensor:
         """gate_up [T, 2 * I], gate first -> silu(gate) * up, [T, I]."""
 
-    def linear_silu_and_mul(self, x: Tensor, weight: Any, bias: Tensor | None = None) -> Tensor:
-        """``silu_and_mul(linear(x, weight, bias))``, in one kernel where that is faster."""
+    def linear_silu_and_mul(
+        self, x: Rows, weight: Any, bias: Tensor | None = None, codes: torch.dtype | None = None
+    ) -> Rows:
+        """``silu_and_mul(linear(x, weight, bias))``, in one kernel where that is faster.
+
+        codes: what the layer that reads the result brings it to; it comes as QuantizedRows of that dtype where a
+        kernel writes these in the same pass, with the same numbers.
+        """
 
     def linear_add_rms_norm(
-        self, x: Tensor, weight: Any, bias: Tensor | None, residual: Tensor, norm_weight: Tensor, eps: float
-    ) -> Tensor:
+        self,
+        x: Rows,
+        weight: Any,
+        bias: Tensor | None,
+        residual: Tensor,
+        norm_weight: Tensor,
+        eps: float,
+        codes: torch.dtype | None = None,
+    ) -> Rows:
         """``fused_add_rms_norm(linear(x, weight, bias), residual, norm_weight, eps)``, likewise."""
 
     def linear_lora(
         self, x: Tensor, weight: Any, bias: Tensor | None, layer: LoraLayer, rows: LoraRows
     ) -> Tensor:
         """``linear(x, weight, bias)`` plus what ``rows`` take of the updates in ``layer``."""
+
+    def linear_lora_silu_and_mul(
+        self, x: Tensor, weight: Any, bias: Tensor | None, layer: LoraLayer, rows: LoraRows
+    ) -> Tensor:
+        """``silu_and_mul(linear_lora(x, weight, bias, layer, rows))``, with fewer kernels in a row where it can be."""
+
+    def linear_lora_add_rms_norm(
+        self,
+        x: Tensor,
+        weight: Any,
+        bias: Tensor | None,
+        layer: LoraLayer,
+        rows: LoraRows,
+        residual: Tensor,
+        norm_weight: Tensor,
+        eps: float,
+    ) -> Tensor:
+        """``fused_add_rms_norm(linear_lora(x, weight, bias, layer, rows), residual, norm_weight, eps)``, likewise."""
 
     def plan_attention(
         self, metadata: AttentionMetadata, *, dtype: torch.dtype, sliding_window: int | None = None

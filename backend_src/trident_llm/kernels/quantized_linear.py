@@ -48,7 +48,7 @@ class QuantizedLinear(PackedLinear[PackedWeight]):
         multiply(_in_order(x, weight), weight, out, silu_and_mul=True, pdl=self._pdl, use_asm=self._use_asm)
         return out
 
-    def _added(self, x: Tensor, weight: PackedWeight, bias: Tensor | None) -> Tensor:
+    def product(self, x: Tensor, weight: PackedWeight, bias: Tensor | None) -> Tensor:
         config = _config(x.shape[0], weight.num_outputs)
         few = x.shape[0] <= quantized_vector.MAX_SHARED_ROWS and self._takes_vectors(x, weight)
         if bias is None and _streams_weight(x) and not few and config.num_splits > 1:

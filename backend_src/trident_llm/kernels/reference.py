@@ -22,9 +22,12 @@ from .reference_quantized import PackedWeight
 
 __all__ = [
     "fused_add_rms_norm",
+    "input_codes",
     "linear",
     "linear_add_rms_norm",
     "linear_lora",
+    "linear_lora_add_rms_norm",
+    "linear_lora_silu_and_mul",
     "linear_silu_and_mul",
     "pack_linear",
     "paged_attention",
@@ -52,6 +55,12 @@ def pack_linear(weight: Tensor | QuantizedWeight) -> Tensor | PackedWeight:
     if weight.device.type == "cpu" and weight.dtype in _PACKED_DTYPES:
         return torch.ops.mkldnn._reorder_linear_weight.default(weight)
     return weight
+
+
+def input_codes(weight: Tensor | PackedWeight, num_rows: int, dtype: torch.dtype) -> torch.dtype | None:
+    """None: products with 8-bit activations make their own codes, in a form that the operator below them wants."""
+    del weight, num_rows, dtype
+    return None
 
 
 def linear(x: Tensor, weight: Tensor | PackedWeight, bias: Tensor | None = None) -> Tensor:
@@ -84,7 +93,10 @@ def silu_and_mul(gate_up: Tensor) -> Tensor:
     return F.silu(gate).mul_(up)
 
 
-def linear_silu_and_mul(x: Tensor, weight: Tensor | PackedWeight, bias: Tensor | None = None) -> Tensor:
+def linear_silu_and_mul(
+    x: Tensor, weight: Tensor | PackedWeight, bias: Tensor | None = None, codes: torch.dtype | None = None
+) -> Tensor:
+    del codes
     return silu_and_mul(linear(x, weight, bias))
 
 
@@ -95,8 +107,29 @@ def linear_add_rms_norm(
     residual: Tensor,
     norm_weight: Tensor,
     eps: float,
+    codes: torch.dtype | None = None,
 ) -> Tensor:
+    del codes
     return fused_add_rms_norm(linear(x, weight, bias), residual, norm_weight, eps)
+
+
+def linear_lora_silu_and_mul(
+    x: Tensor, weight: Tensor | PackedWeight, bias: Tensor | None, layer: LoraLayer, rows: LoraRows
+) -> Tensor:
+    return silu_and_mul(linear_lora(x, weight, bias, layer, rows))
+
+
+def linear_lora_add_rms_norm(
+    x: Tensor,
+    weight: Tensor | PackedWeight,
+    bias: Tensor | None,
+    layer: LoraLayer,
+    rows: LoraRows,
+    residual: Tensor,
+    norm_weight: Tensor,
+    eps: float,
+) -> Tensor:
+    return fused_add_rms_norm(linear_lora(x, weight, bias, layer, rows), residual, norm_weight, eps)
 
 
 def rotary_embed_and_store_kv(qkv: Tensor, cos: Tensor, sin: Tensor, cache: LayerCache, plan: AttentionPlan) -> None:

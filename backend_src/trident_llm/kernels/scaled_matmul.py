@@ -14,7 +14,7 @@ from triton.language.extra.cuda import gdc_launch_dependents, gdc_wait
 
 from .checks import FLOAT_DTYPES, check_dtype, check_last_contiguous, check_shape
 from .packed_bytes import PackedBytes
-from .quantize_rows import QuantizedRows
+from .quantized_rows import QuantizedRows
 
 _TILE_INPUTS = 128
 

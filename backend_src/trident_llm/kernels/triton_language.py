@@ -6,6 +6,8 @@ tables and slots are read on the device.
 
 from __future__ import annotations
 
+import contextlib
+from collections.abc import Iterator
 from dataclasses import dataclass
 from typing import Any
 
@@ -18,7 +20,7 @@ from . import matrix_vector, skinny_matmul
 from .checks import HALF_DTYPES
 from .decode_attention import allocate_workspace, choose_num_splits, decode_attention
 from .layer_cache import LayerCache
-from .lora import add_lora, expand, shrink
+from .lora import expand, shrink, updates
 from .lora_layer import LoraLayer, LoraRows
 from .matrix_vector import matrix_vector as multiply_vector
 from .packed_bytes import PackedBytes, pack_bytes
@@ -32,6 +34,7 @@ from .prefill_attention import (
     prefill_attention,
 )
 from .quantized_linear import QuantizedLinear
+from .quantized_rows import Rows
 from .quantized_weight import QuantizedWeight
 from .rms_norm import rms_norm
 from .rotary_store import rotary_embed_and_store_kv
@@ -46,6 +49,13 @@ _LONG_INPUTS = 8192
 _MAX_ADDED_INPUTS = 1 << 24
 """Elements of x up to which it pays to let cuBLAS add the residual. H100, 256 rows of 14,336: 63.7 instead of 64.5 us
 with the norm; 2,048 rows of 4,096: 101 instead of 111; 2,048 rows of 14,336: 320 instead of 317."""
+
+_HALVED_ROWS = range(skinny_matmul.MAX_ROWS + 1, 385)
+"""Rows for which a long sum is worth halving, because cuBLAS takes small tiles for whole ones. H100, 14,336 inputs,
+4,096 outputs, us for 256, 320, 384 and 512 rows: 61, 68, 87 and 80 with the residual added, 55, 59, 67 and 84 as two
+halves in float32."""
+_MAX_APART_ROWS = 256
+"""Updates that come apart take 4 bytes an output; with many rows adding them to the product in place costs less."""
 
 Weight = Tensor | PackedWeight | PackedBytes
 
@@ -76,6 +86,21 @@ class AttentionPlan:
     sliding_window: int | None
     long_contexts: bool = False
     """See AttentionMetadata."""
+
+
+def _most_split_rows(num_inputs: int) -> int:
+    """Rows up to which our kernel shares long sums out."""
+    return skinny_matmul.MAX_ROWS if num_inputs >= _LONG_INPUTS else _MAX_STREAMED_ROWS
+
+
+def _halves_sums(num_rows: int, num_inputs: int) -> bool:
+    """Whether cuBLAS is given a product as two of half the inputs."""
+    return num_inputs >= _LONG_INPUTS and num_inputs % 2 == 0 and num_rows in _HALVED_ROWS
+
+
+def _comes_apart(x: Tensor, rows: LoraRows) -> bool:
+    """Whether updates are made beside the product and added by the kernel that reads both."""
+    return not rows.may_have_gains and x.shape[0] <= _MAX_APART_ROWS
 
 
 def _streams_weight(x: Tensor, weight: Tensor, max_rows: int) -> bool:
@@ -115,9 +140,13 @@ class TritonLanguageKernels:
             return weight.contiguous()
         return pack(weight) if weight.activations == "none" else pack_bytes(weight)
 
-    def linear(self, x: Tensor, weight: Weight, bias: Tensor | None = None) -> Tensor:
+    def input_codes(self, weight: Weight, num_rows: int, dtype: torch.dtype) -> torch.dtype | None:
+        return None if isinstance(weight, Tensor) else self._packed[type(weight)].input_codes(weight, num_rows, dtype)
+
+    def linear(self, x: Rows, weight: Weight, bias: Tensor | None = None) -> Tensor:
         if not isinstance(weight, Tensor):
             return self._packed[type(weight)].linear(x, weight, bias)
+        assert isinstance(x, Tensor)
         if not _streams_weight(x, weight, _MAX_STREAMED_ROWS):
             return F.linear(x, weight, bias)
         out = x.new_empty(x.shape[0], weight.shape[0])
@@ -142,9 +171,12 @@ class TritonLanguageKernels:
         silu_and_mul(gate_up, out, pdl=self._pdl)
         return out
 
-    def linear_silu_and_mul(self, x: Tensor, weight: Weight, bias: Tensor | None = None) -> Tensor:
+    def linear_silu_and_mul(
+        self, x: Rows, weight: Weight, bias: Tensor | None = None, codes: torch.dtype | None = None
+    ) -> Rows:
         if not isinstance(weight, Tensor):
-            return self._packed[type(weight)].silu_and_mul(x, weight, bias)
+            return self._packed[type(weight)].silu_and_mul(x, weight, bias, codes)
+        assert isinstance(x, Tensor)
         # What the fusion saves outweighs what cuBLAS is faster.
         if bias is not None or not _streams_weight(x, weight, skinny_matmul.MAX_ROWS):
             return self.silu_and_mul(self.linear(x, weight, bias))
@@ -154,48 +186,109 @@ class TritonLanguageKernels:
         return out
 
     def linear_add_rms_norm(
-        self, x: Tensor, weight: Weight, bias: Tensor | None, residual: Tensor, norm_weight: Tensor, eps: float
-    ) -> Tensor:
+        self,
+        x: Rows,
+        weight: Weight,
+        bias: Tensor | None,
+        residual: Tensor,
+        norm_weight: Tensor,
+        eps: float,
+        codes: torch.dtype | None = None,
+    ) -> Rows:
         if not isinstance(weight, Tensor):
-            return self._packed[type(weight)].add_rms_norm(x, weight, bias, residual, norm_weight, eps)
-        num_rows, num_inputs = x.shape
-        max_rows = skinny_matmul.MAX_ROWS if num_inputs >= _LONG_INPUTS else _MAX_STREAMED_ROWS
-        if bias is None and num_rows > matrix_vector.MAX_ROWS and weight.dtype == x.dtype and x.dtype in HALF_DTYPES:
-            if num_rows <= max_rows:
-                return self._split_linear_add_rms_norm(x, weight, residual, norm_weight, eps)
-            if num_rows * num_inputs <= _MAX_ADDED_INPUTS:
-                # cuBLAS adds the residual where it writes: the norm then reads one tensor instead of two.
-                return self.rms_norm(residual.addmm_(x, weight.t()), norm_weight, eps)
-        return self.fused_add_rms_norm(self.linear(x, weight, bias), residual, norm_weight, eps)
-
-    def _split_linear_add_rms_norm(
-        self, x: Tensor, weight: Tensor, residual: Tensor, norm_weight: Tensor, eps: float
-    ) -> Tensor:
-        """Several programs share the sums of the product; the norm adds up their parts."""
-        config = skinny_matmul.default_config(x.shape[0], weight.shape[0], may_split=True)
-        shape = (x.shape[0], weight.shape[0])
-        parts = torch.empty(config.num_splits, *shape, dtype=torch.float32, device=x.device)
-        multiply_skinny(x, weight, parts, config=config, pdl=self._pdl)
+            return self._packed[type(weight)].add_rms_norm(x, weight, bias, residual, norm_weight, eps, codes)
+        assert isinstance(x, Tensor)
+        if self._adds_residual(x, weight, bias):
+            # cuBLAS adds the residual where it writes: the norm then reads one tensor instead of two.
+            return self.rms_norm(residual.addmm_(x, weight.t()), norm_weight, eps)
         out = torch.empty_like(residual)
-        rms_norm(parts, norm_weight, eps, out, residual=residual, pdl=self._pdl)
+        rms_norm(self._product(x, weight, bias), norm_weight, eps, out, residual=residual, pdl=self._pdl)
         return out
+
+    def _product(self, x: Tensor, weight: Weight, bias: Tensor | None) -> Tensor:
+        """``linear`` for a norm that adds up parts: [T, out], or [P, T, out] float32 where programs share the sums."""
+        if not isinstance(weight, Tensor):
+            return self._packed[type(weight)].product(x, weight, bias)
+        if bias is not None or weight.dtype != x.dtype or x.dtype not in HALF_DTYPES:
+            return self.linear(x, weight, bias)
+        (num_rows, num_inputs), num_outputs = x.shape, weight.shape[0]
+        if matrix_vector.MAX_ROWS < num_rows <= _most_split_rows(num_inputs):
+            config = skinny_matmul.default_config(num_rows, num_outputs, may_split=True)
+            parts = torch.empty(config.num_splits, num_rows, num_outputs, dtype=torch.float32, device=x.device)
+            multiply_skinny(x, weight, parts, config=config, pdl=self._pdl)
+            return parts
+        if _halves_sums(num_rows, num_inputs):
+            halves = x.view(num_rows, 2, -1).transpose(0, 1)
+            return torch.bmm(halves, weight.view(num_outputs, 2, -1).permute(1, 2, 0), out_dtype=torch.float32)
+        return self.linear(x, weight, bias)
+
+    @staticmethod
+    def _adds_residual(x: Tensor, weight: Tensor, bias: Tensor | None) -> bool:
+        num_rows, num_inputs = x.shape
+        few = num_rows <= max(_most_split_rows(num_inputs), matrix_vector.MAX_ROWS)
+        fits = bias is None and weight.dtype == x.dtype and x.dtype in HALF_DTYPES
+        return fits and not few and not _halves_sums(num_rows, num_inputs) and x.numel() <= _MAX_ADDED_INPUTS
 
     def linear_lora(
         self, x: Tensor, weight: Weight, bias: Tensor | None, layer: LoraLayer, rows: LoraRows
     ) -> Tensor:
-        if self._side_stream is None:
-            y = self.linear(x, weight, bias)
-            add_lora(y, x, bias, layer, rows, pdl=self._pdl)
-            return y
         # Shrink waits for memory most of its time and needs x alone: it runs beside the product.
-        stream = torch.cuda.current_stream()
-        self._side_stream.wait_stream(stream)
-        with torch.cuda.stream(self._side_stream):
+        with self._beside():
             hidden = shrink(x, layer, rows)
         y = self.linear(x, weight, bias)
-        stream.wait_stream(self._side_stream)
+        self._join()
         expand(y, bias, hidden, layer, rows)
         return y
+
+    def linear_lora_silu_and_mul(
+        self, x: Tensor, weight: Weight, bias: Tensor | None, layer: LoraLayer, rows: LoraRows
+    ) -> Tensor:
+        if not _comes_apart(x, rows):
+            return self.silu_and_mul(self.linear_lora(x, weight, bias, layer, rows))
+        with self._beside():
+            update = updates(shrink(x, layer, rows), layer, rows, pdl=self._pdl)
+        y = self.linear(x, weight, bias)
+        self._join()
+        out = y.new_empty(y.shape[0], y.shape[1] // 2)
+        silu_and_mul(y, out, addend=update)
+        return out
+
+    def linear_lora_add_rms_norm(
+        self,
+        x: Tensor,
+        weight: Weight,
+        bias: Tensor | None,
+        layer: LoraLayer,
+        rows: LoraRows,
+        residual: Tensor,
+        norm_weight: Tensor,
+        eps: float,
+    ) -> Tensor:
+        if not _comes_apart(x, rows):
+            y = self.linear_lora(x, weight, bias, layer, rows)
+            return self.fused_add_rms_norm(y, residual, norm_weight, eps)
+        with self._beside():
+            update = updates(shrink(x, layer, rows), layer, rows, pdl=self._pdl)
+        product = self._product(x, weight, bias)
+        self._join()
+        out = torch.empty_like(residual)
+        rms_norm(product, norm_weight, eps, out, residual=residual, addend=update)
+        return out
+
+    @contextlib.contextmanager
+    def _beside(self) -> Iterator[None]:
+        """What is launched here runs beside what follows, up to ``_join``; after it if there is no other stream."""
+        if self._side_stream is None:
+            yield
+            return
+        self._side_stream.wait_stream(torch.cuda.current_stream())
+        with torch.cuda.stream(self._side_stream):
+            yield
+
+    def _join(self) -> None:
+        """Let what follows wait for what runs beside. It cannot be a dependent launch: it waits for two kernels."""
+        if self._side_stream is not None:
+            torch.cuda.current_stream().wait_stream(self._side_stream)
 
     def plan_attention(
         self, metadata: AttentionMetadata, *, dtype: torch.dtype, sliding_window: int | None = None

@@ -2,15 +2,17 @@
 
 from __future__ import annotations
 
+import contextlib
 import http.client
 import math
 import os
+import resource
 import secrets
 import signal
 import subprocess
 import sys
 import time
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Iterator, Mapping
 from pathlib import Path
 
 from ..errors import LoadFailed
@@ -28,6 +30,11 @@ STOP_SECONDS = 1.8
 
 DEFAULT_DRAIN_TIMEOUT = 2.0
 """Where there is no engine that says it."""
+
+_STACK_BYTES = 64 * 2**20
+"""Least stack of the server's threads. Its HTTP library copies a form, as which curl sends JSON unless told otherwise,
+onto the stack twice, and the server ends where that has no room: with 8 MiB at 4 MiB. A prompt of 4 MiB can be 24 MiB
+of JSON."""
 
 _GUARDED_APIS = "model-repository,shared-memory,trace,logging"
 
@@ -90,7 +97,7 @@ class ServerProcess:
         self.log = ServerLog(log)
         self._address = address
         self._is_ready = False
-        with log.open("wb") as output:
+        with log.open("wb") as output, _stack_limit(_STACK_BYTES):
             self._process = subprocess.Popen(
                 command,
                 stdin=subprocess.DEVNULL,
@@ -140,3 +147,16 @@ class ServerProcess:
             return False
         finally:
             connection.close()
+
+
+@contextlib.contextmanager
+def _stack_limit(size: int) -> Iterator[None]:
+    """Threads of processes that are started inside have stacks of at least ``size`` bytes, if that is allowed."""
+    soft, hard = resource.getrlimit(resource.RLIMIT_STACK)
+    # Without a limit the C library takes 2 MiB.
+    wanted = size if soft == resource.RLIM_INFINITY else max(soft, size)
+    resource.setrlimit(resource.RLIMIT_STACK, (wanted if hard == resource.RLIM_INFINITY else min(wanted, hard), hard))
+    try:
+        yield
+    finally:
+        resource.setrlimit(resource.RLIMIT_STACK, (soft, hard))

@@ -37,7 +37,16 @@ def estimate(arguments: Namespace) -> int:
     """Print what a model takes, before and after quantization."""
     config = EngineConfig.from_parameters(_settings(arguments))
     found = estimate_memory(config, _gpu_memory(arguments.gpu_memory, config))
-    print(json.dumps(found.to_dict(), indent=2) if arguments.json else estimate_text(found), flush=True)
+    length = arguments.stream_tokens
+    if length is not None:
+        _check_stream_tokens(length, found)
+    if arguments.json:
+        streams = {} if length is None else {"stream_tokens": length, "streams": found.streams(length)}
+        print(json.dumps({**found.to_dict(), **streams}, indent=2), flush=True)
+        return 0
+    print(estimate_text(found), flush=True)
+    if length is not None:
+        print(streams_text(found, length, config.max_num_seqs), flush=True)
     return 0
 
 
@@ -57,6 +66,20 @@ def estimate_text(found: Estimate) -> str:
             f"{found.kv_tokens / found.max_model_len:,.1f} sequences of {found.max_model_len:,}"
         )
     return "\n".join(lines)
+
+
+def streams_text(found: Estimate, length: int, max_num_seqs: int) -> str:
+    """How many streams of so many tokens have room, and what that is made of."""
+    blocks = f"{found.kv_tokens:,} / ({found.block_size} x ceil({length:,} / {found.block_size}))"
+    streams = f"streams of {length:,} tokens: {blocks} = {found.streams(length):,} at once, none preempted"
+    return f"{streams}; max_num_seqs lets {max_num_seqs:,} run"
+
+
+def _check_stream_tokens(length: int, found: Estimate) -> None:
+    if found.kv_tokens is None:
+        raise BadRequest("--stream-tokens: the KV cache's room is only known for a GPU; give --gpu-memory, too")
+    if not 1 <= length <= found.max_model_len:
+        raise BadRequest(f"--stream-tokens: {length} is not allowed; give a number from 1 to {found.max_model_len}")
 
 
 def _settings(arguments: Namespace) -> dict[str, str]:

@@ -15,6 +15,7 @@ from torch import Tensor
 from ..errors import LoadFailed
 from ..kernels import Kernels
 from ..kernels.lora_layer import LoraLayer, LoraRows
+from ..kernels.quantized_rows import Rows
 from ..kernels.quantized_weight import QuantizedWeight, stack
 
 
@@ -50,8 +51,13 @@ class Linear:
         """bias: [out]."""
         self.bias = bias
 
-    def __call__(self, x: Tensor, adapters: LoraRows | None = None) -> Tensor:
+    def input_codes(self, num_rows: int, dtype: torch.dtype) -> torch.dtype | None:
+        """The 8-bit dtype to which x [num_rows, in] of ``dtype`` is brought, if it is. See ``Kernels``."""
+        return self._kernels.input_codes(self.weight, num_rows, dtype)
+
+    def __call__(self, x: Rows, adapters: LoraRows | None = None) -> Tensor:
         if adapters is not None and self.lora is not None:
+            assert isinstance(x, Tensor)
             return self._kernels.linear_lora(x, self.weight, self.bias, self.lora, adapters)
         return self._linear(x, self.weight, self.bias)
 
@@ -59,19 +65,39 @@ class Linear:
         """x W^T, whatever the bias and the updates."""
         return self._linear(x, self.weight, None)
 
-    def silu_and_mul(self, x: Tensor, adapters: LoraRows | None = None) -> Tensor:
-        """silu(gate) * up of this layer's outputs, gate first: [T, out / 2]."""
+    def silu_and_mul(self, x: Rows, reader: Linear, adapters: LoraRows | None = None) -> Rows:
+        """silu(gate) * up of this layer's outputs, gate first: [T, out / 2], as ``reader`` may have it."""
         if adapters is None:
+            codes = reader.input_codes(x.shape[0], x.dtype)
+            return self._kernels.linear_silu_and_mul(x, self.weight, self.bias, codes)
+        # Updates read 16 bits.
+        assert isinstance(x, Tensor)
+        if self.lora is None:
             return self._kernels.linear_silu_and_mul(x, self.weight, self.bias)
-        return self._kernels.silu_and_mul(self(x, adapters))
+        return self._kernels.linear_lora_silu_and_mul(x, self.weight, self.bias, self.lora, adapters)
 
     def add_rms_norm(
-        self, x: Tensor, residual: Tensor, norm_weight: Tensor, eps: float, adapters: LoraRows | None = None
-    ) -> Tensor:
-        """Add this layer's outputs to residual [T, out] in place; the norm of the sum, [T, out]."""
+        self,
+        x: Rows,
+        residual: Tensor,
+        norm_weight: Tensor,
+        eps: float,
+        reader: Linear | None,
+        adapters: LoraRows | None = None,
+    ) -> Rows:
+        """Add this layer's outputs to residual [T, out] in place; the norm of the sum, [T, out].
+
+        As ``reader`` may have it; a tensor if that is None.
+        """
         if adapters is None:
+            codes = None if reader is None else reader.input_codes(residual.shape[0], residual.dtype)
+            return self._kernels.linear_add_rms_norm(x, self.weight, self.bias, residual, norm_weight, eps, codes)
+        assert isinstance(x, Tensor)
+        if self.lora is None:
             return self._kernels.linear_add_rms_norm(x, self.weight, self.bias, residual, norm_weight, eps)
-        return self._kernels.fused_add_rms_norm(self(x, adapters), residual, norm_weight, eps)
+        return self._kernels.linear_lora_add_rms_norm(
+            x, self.weight, self.bias, self.lora, adapters, residual, norm_weight, eps
+        )
 
 
 @dataclass(frozen=True)

@@ -18,6 +18,7 @@ from ..engine.kv_cache import KVCache
 from ..kernels import kernels_for
 from ..kernels.layer_cache import LayerCache
 from ..kernels.lora_layer import LoraRows
+from ..kernels.quantized_rows import Rows
 from ..kernels.quantized_weight import QuantizedWeight
 from .layers import AdaptableLinear, Linear, WeightTarget, load_targets
 from .model_config import ModelConfig
@@ -94,21 +95,22 @@ class LlamaDecoder:
             adapters=model_input.adapters.tokens if model_input.adapters else None,
         )
         residual = F.embedding(model_input.token_ids, self.embedding)
-        x = kernels.rms_norm(residual, self.layers[0].input_norm, eps)
-        next_norms = [layer.input_norm for layer in self.layers[1:]] + [self.final_norm]
+        x: Rows = kernels.rms_norm(residual, self.layers[0].input_norm, eps)
+        following = [(layer.input_norm, layer.qkv) for layer in self.layers[1:]] + [(self.final_norm, None)]
         adapters = step.adapters
-        for layer, layer_cache, next_norm in zip(self.layers, kv_cache.layers, next_norms, strict=True):
+        for layer, layer_cache, (next_norm, reader) in zip(self.layers, kv_cache.layers, following, strict=True):
             attended = self._attention(layer, x, layer_cache, step)
             if layer is self.layers[-1]:
                 attended = attended.index_select(0, model_input.logits_rows)
                 residual = residual.index_select(0, model_input.logits_rows)
                 adapters = model_input.adapters.rows if model_input.adapters else None
-            x = layer.o.add_rms_norm(attended, residual, layer.post_attention_norm, eps, adapters)
-            activated = layer.gate_up.silu_and_mul(x, adapters)
-            x = layer.down.add_rms_norm(activated, residual, next_norm, eps, adapters)
+            x = layer.o.add_rms_norm(attended, residual, layer.post_attention_norm, eps, layer.gate_up, adapters)
+            activated = layer.gate_up.silu_and_mul(x, layer.down, adapters)
+            x = layer.down.add_rms_norm(activated, residual, next_norm, eps, reader, adapters)
+        assert isinstance(x, Tensor)
         return x
 
-    def _attention(self, layer: DecoderLayer, x: Tensor, layer_cache: LayerCache, step: _Step) -> Tensor:
+    def _attention(self, layer: DecoderLayer, x: Rows, layer_cache: LayerCache, step: _Step) -> Tensor:
         """x [T, hidden] -> attention's output before its projection, [T, Hq * D]."""
         config, kernels = self.config, self._kernels
         num_heads, num_kv_heads = config.num_attention_heads, config.num_key_value_heads

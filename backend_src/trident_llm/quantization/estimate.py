@@ -61,6 +61,7 @@ class Estimate:
     kv_room: int | None
     """Bytes; None on a CPU, 0 when the model does not fit."""
     max_model_len: int
+    block_size: int
 
     @property
     def before(self) -> int:
@@ -74,6 +75,10 @@ class Estimate:
     def kv_tokens(self) -> int | None:
         """Tokens that the KV cache has room for."""
         return None if self.kv_room is None else self.kv_room // self.kv_bytes_per_token
+
+    def streams(self, num_tokens: int) -> int | None:
+        """Sequences of ``num_tokens`` tokens, prompt and output, that the KV cache holds at once, in whole blocks."""
+        return None if self.kv_tokens is None else self.kv_tokens // _in_blocks(num_tokens, self.block_size)
 
     def to_dict(self) -> dict[str, Any]:
         totals = {"weights_bytes_before": self.before, "weights_bytes_after": self.after, "kv_tokens": self.kv_tokens}
@@ -112,7 +117,13 @@ def estimate_memory(config: EngineConfig, gpu_memory: int | None) -> Estimate:
         gpu_memory=gpu_memory,
         kv_room=kv_room,
         max_model_len=config.max_model_len or model_config.max_position_embeddings,
+        block_size=config.block_size,
     )
+
+
+def _in_blocks(num_tokens: int, block_size: int) -> int:
+    """The tokens that the blocks of a sequence have room for."""
+    return -(-num_tokens // block_size) * block_size
 
 
 class _Sizes:

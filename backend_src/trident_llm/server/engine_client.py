@@ -137,7 +137,10 @@ class EngineClient:
             return
         places = read_num_places(self._run_directory.board_path)
         if places is not None and num_samples > places:
-            raise Overloaded(f"the queue is full (max_queue_size {self.welcome.max_queue_size}); retry after 2 s")
+            limits = f"max_queue_size {self.welcome.max_queue_size}"
+            if self.welcome.max_queue_wait:
+                limits += f", max_queue_wait {self.welcome.max_queue_wait:g} s"
+            raise Overloaded(f"the queue is full ({limits}); retry after 2 s")
 
     def suspend(self, generation: Generation) -> None:
         """Free what ``generation`` holds in the engine; ``submit`` continues it where it stands."""

@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import logging
 import threading
-from collections.abc import Mapping
+from collections.abc import Mapping, Set
 from dataclasses import dataclass
 from typing import Any
 
@@ -20,17 +20,19 @@ from ..metrics_catalog import (
     ENGINE_COUNTERS,
     ENGINE_GAUGES,
     HISTOGRAMS,
+    OTHER_ADAPTERS,
     PREFIX,
     SERVER_COUNTERS,
     SERVER_GAUGES,
-    MetricSpec,
 )
 from .engine_client import EngineClient
+from .metric_values import bounds, engine_values
 
 logger = logging.getLogger(__name__)
 
 PUBLISH_INTERVAL = 0.25
 """Seconds. Every changed value costs a round trip to the server."""
+_ADAPTER_COUNTERS = tuple(spec for spec in ENGINE_COUNTERS if spec.label == "adapter")
 
 
 @dataclass
@@ -67,6 +69,8 @@ class MetricsPublisher:
         self._families: list[Any] = []
         self._gauges: dict[str, Any] = {}
         self._counters: dict[str, _Counter] = {}
+        self._adapters: dict[str, list[Any]] = {}
+        """Families by adapter, each with one value: the server takes a value away with its whole family only."""
         self._last: dict[str, float] = {}
         self._epoch = ""
         self._closing = threading.Event()
@@ -95,7 +99,7 @@ class MetricsPublisher:
         for spec in (*ENGINE_COUNTERS, *SERVER_COUNTERS):
             self._create_counters(spec.name, spec.meaning, spec.series)
         for spec in HISTOGRAMS:
-            buckets = {f"{spec.name}.{bound}": {"le": bound} for bound in _bounds(spec)}
+            buckets = {f"{spec.name}.{bound}": {"le": bound} for bound in bounds(spec)}
             self._create_counters(f"{spec.name}_count", f"{spec.meaning}: how many", {f"{spec.name}.count": {}})
             self._create_counters(f"{spec.name}_sum", f"{spec.meaning}: their sum", {f"{spec.name}.sum": {}})
             self._create_counters(f"{spec.name}_bucket", f"{spec.meaning}: how many up to le", buckets)
@@ -112,7 +116,10 @@ class MetricsPublisher:
     ) -> dict[str, Any]:
         family = pb_utils.MetricFamily(name=PREFIX + name, description=description, kind=kind)
         self._families.append(family)
-        return {key: family.Metric(labels={**self._labels, **labels}) for key, labels in series.items()}
+        return {key: self._metric(family, labels) for key, labels in series.items()}
+
+    def _metric(self, family: Any, labels: Mapping[str, str]) -> Any:
+        return family.Metric(labels={**self._labels, **labels})
 
     def _publish(self) -> None:
         values = self._engine_values()
@@ -139,35 +146,21 @@ class MetricsPublisher:
             for name in values.keys() & self._counters.keys():
                 self._counters[name].follow(values[name], is_first=not self._epoch)
             self._epoch = stats["epoch"]
+        self._follow_adapters(stats.get("adapter_usage", {}).keys() - {OTHER_ADAPTERS}, values)
         return values
 
-
-def engine_values(stats: Mapping[str, Any]) -> dict[str, float]:
-    """What the engine's answer to ``metrics`` says, by the keys of the published series."""
-    memory, quantization = stats.get("memory") or {}, stats.get("quantization") or {}
-    renamed = {
-        "generation_tokens_total": stats.get("output_tokens_total"),
-        "weights_bytes": memory.get("weights_bytes_after"),
-        "weights_bytes_unquantized": memory.get("weights_bytes_before"),
-        "kv_cache_bytes": memory.get("kv_cache_bytes"),
-        "quantized_bits": quantization.get("average_bits", 0.0),
-    }
-    found = {spec.name: stats.get(spec.name) for spec in (*ENGINE_GAUGES, *ENGINE_COUNTERS)} | renamed
-    values = {name: float(value) for name, value in found.items() if value is not None}
-    for spec in HISTOGRAMS:
-        values.update(_histogram_values(spec, stats["histograms"][spec.name]))
-    return values
-
-
-def _histogram_values(spec: MetricSpec, histogram: Mapping[str, Any]) -> dict[str, float]:
-    """Cumulative counts, the largest first: a scrape between two increments sees none above the next bucket's."""
-    count = float(sum(histogram["counts"]))
-    values = {f"{spec.name}.count": count, f"{spec.name}.sum": float(histogram["sum"])}
-    for bound, beyond in zip(reversed(_bounds(spec)), (0, *reversed(histogram["counts"])), strict=False):
-        count -= beyond
-        values[f"{spec.name}.{bound}"] = count
-    return values
-
-
-def _bounds(spec: MetricSpec) -> tuple[str, ...]:
-    return (*(f"{bound:g}" for bound in spec.buckets), "+Inf")
+    def _follow_adapters(self, names: Set[str], values: Mapping[str, float]) -> None:
+        """Create the counters of new names, and end those of names that are gone."""
+        for name in self._adapters.keys() - names:
+            for spec in _ADAPTER_COUNTERS:
+                del self._counters[spec.key(name)]
+                self._last.pop(spec.key(name), None)
+            del self._adapters[name]
+        kind = pb_utils.MetricFamily.COUNTER
+        for name in names - self._adapters.keys():
+            families = [pb_utils.MetricFamily(spec.full_name, spec.meaning, kind) for spec in _ADAPTER_COUNTERS]
+            self._adapters[name] = families
+            for spec, family in zip(_ADAPTER_COUNTERS, families, strict=True):
+                metric = self._metric(family, {spec.label: name})
+                counter = self._counters[spec.key(name)] = _Counter(metric, metric.value())
+                counter.follow(values[spec.key(name)], is_first=True)

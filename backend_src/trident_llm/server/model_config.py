@@ -48,6 +48,7 @@ OPTION_INPUTS = (
     TensorSpec("return_logprobs", _BOOL, optional=True),
     TensorSpec("return_num_input_tokens", _BOOL, optional=True),
     TensorSpec("return_num_output_tokens", _BOOL, optional=True),
+    TensorSpec("embedding_request", _STRING, optional=True),
 )
 """Those of NVIDIA's vllm_backend."""
 GENERATION_OUTPUTS = (

@@ -19,6 +19,11 @@ from ..text import Tokenizer
 from .tracing import TRACE_HEADERS
 
 PROMPT_INPUT = "text_input"
+_UNSUPPORTED = {
+    "image": "this server takes text only",
+    "embedding_request": "this server generates text only",
+}
+"""Inputs of vllm_backend that have no counterpart here, and what a request for them is told."""
 _MICROSECONDS = 1_000_000
 
 
@@ -34,8 +39,9 @@ class RequestReader:
 
     def read(self, request: Any) -> Generation:
         """The generation that ``request`` asks for, not submitted yet. Raises ``BadRequest`` naming what is wrong."""
-        raw = _parameters(request)
-        headers = {name: str(raw.pop(name)) for name in TRACE_HEADERS if name in raw}
+        parameters = _parameters(request)
+        headers = {name: str(parameters.pop(name)) for name in TRACE_HEADERS if name in parameters}
+        raw: dict[str, object] = {} if self._defaults.carrier_wins else parameters
         prompt = ""
         for tensor in request.inputs():
             if tensor.name() == PROMPT_INPUT:
@@ -48,6 +54,7 @@ class RequestReader:
             max_model_len=self._welcome.max_model_len,
             vocab_size=self._welcome.vocab_size,
             defaults=self._defaults,
+            beneath=parameters if self._defaults.carrier_wins else None,
         )
         request_id = f"{self._prefix}-{next(self._numbers)}"
         return Generation(
@@ -80,8 +87,8 @@ def _trace_context(request: Any, headers: dict[str, str]) -> dict[str, str] | No
 def _tensor_value(tensor: Any) -> object:
     """The value of an input that stands for an option of the same name."""
     name = tensor.name()
-    if name == "image":
-        raise BadRequest("image: not supported; this server takes text only")
+    if name in _UNSUPPORTED:
+        raise BadRequest(f"{name}: not supported; {_UNSUPPORTED[name]}")
     value = _single(name, tensor)
     if isinstance(value, (bytes, str)):
         return decode_prompt(_bytes(name, value), name)

@@ -13,9 +13,31 @@ app.kubernetes.io/instance: {{ .Release.Name }}
 
 {{- define "trident.labels" -}}
 {{ include "trident.selector" . }}
+{{ include "trident.release" . }}
+{{- end -}}
+
+{{- /* A name of its own: the services of the servers must not find the gateway's pods. */ -}}
+{{- define "trident.gatewaySelector" -}}
+app.kubernetes.io/name: {{ .Chart.Name }}-gateway
+app.kubernetes.io/instance: {{ .Release.Name }}
+{{- end -}}
+
+{{- define "trident.gatewayLabels" -}}
+{{ include "trident.gatewaySelector" . }}
+{{ include "trident.release" . }}
+{{- end -}}
+
+{{- define "trident.release" -}}
 app.kubernetes.io/version: {{ .Chart.AppVersion | quote }}
 app.kubernetes.io/managed-by: {{ .Release.Service }}
 helm.sh/chart: {{ .Chart.Name }}-{{ .Chart.Version }}
+{{- end -}}
+
+{{- define "trident.podSecurity" -}}
+runAsNonRoot: true
+runAsUser: 1000
+runAsGroup: 1000
+seccompProfile: {type: RuntimeDefault}
 {{- end -}}
 
 {{- /* The engine has generated a token and its doors are connected; Triton's own readiness stays 200 without an engine. */ -}}
