@@ -9,11 +9,12 @@ Then engines with an X-LoRA mix of 4 members, top-2: without the mix, with it, a
 
 from __future__ import annotations
 
-import gc
+import functools
+import multiprocessing
 import statistics
 import tempfile
 import time
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from pathlib import Path
 
 import msgspec
@@ -37,9 +38,19 @@ def main() -> None:
     parser.add_argument("--parts", nargs="*", choices=_PARTS, default=list(_PARTS))
     args = parser.parse_args()
     settings = {"prefix_caching": "false", "max_lora_rank": str(RANK), **engine_settings(args)}
+    # A process for each engine: an earlier one's graphs and pool would take the memory of the next.
+    spawn = multiprocessing.get_context("spawn")
+    for part in args.parts:
+        process = spawn.Process(target=_run_part, args=(part, args, settings))
+        process.start()
+        process.join()
+        if process.exitcode:
+            raise SystemExit(process.exitcode)
+
+
+def _run_part(part: str, args, settings: dict[str, str]) -> None:
     with tempfile.TemporaryDirectory() as folder:
-        for part in args.parts:
-            _PARTS[part](args, settings, Path(folder))
+        _PARTS[part](args, settings, Path(folder))
 
 
 def _bench_lora(args, settings: dict[str, str], folder: Path) -> None:
@@ -66,25 +77,21 @@ def _bench_lora(args, settings: dict[str, str], folder: Path) -> None:
     core.close()
 
 
-def _bench_mixes(args, settings: dict[str, str], folder: Path) -> None:
+def _bench_mix(args, settings: dict[str, str], folder: Path, variant: str, freeze_after: int) -> None:
     mix = write_random_mix(folder / "mix", args.model, members=MEMBERS, rank=RANK, top_k=TOP_K)
-    for variant, freeze_after in (("xlora", 0), ("xlora-frozen", FREEZE_AFTER)):
-        shown = {**settings, "max_loras": str(MEMBERS), "freeze_after": str(freeze_after)}
-        core = _make_core(args.model, {**shown, "xlora": str(mix)})
-        bench = Bench(core)
-        for name, xlora in ((f"{variant}-off", False), (variant, True)):
-            results = _results(args, name, shown)
-            for streams in (1, args.streams):
-                _speed(bench, streams, [""], args.new_tokens, xlora=xlora)
-                runs = [_speed(bench, streams, [""], args.new_tokens, xlora=xlora) for _ in range(args.runs)]
-                results.record(f"streams_{streams}", "output_tok_s", runs)
-        core.close()
-        del core, bench
+    shown = {**settings, "max_loras": str(MEMBERS), "freeze_after": str(freeze_after)}
+    core = _make_core(args.model, {**shown, "xlora": str(mix)})
+    bench = Bench(core)
+    for name, xlora in ((f"{variant}-off", False), (variant, True)):
+        results = _results(args, name, shown)
+        for streams in (1, args.streams):
+            _speed(bench, streams, [""], args.new_tokens, xlora=xlora)
+            runs = [_speed(bench, streams, [""], args.new_tokens, xlora=xlora) for _ in range(args.runs)]
+            results.record(f"streams_{streams}", "output_tok_s", runs)
+    core.close()
 
 
 def _make_core(model: str, settings: dict[str, str]) -> EngineCore:
-    # The engine before this one is part of reference cycles, and holds most of the GPU's memory.
-    gc.collect()
     return EngineCore(EngineConfig.from_parameters({"model": model, **settings}), progress=print)
 
 
@@ -147,7 +154,11 @@ def _add(bench: Bench, streams: int, adapters: Sequence[str], new_tokens: int, x
     return {submit.request_id for submit in submits}
 
 
-_PARTS = {"lora": _bench_lora, "xlora": _bench_mixes}
+_PARTS: dict[str, Callable[..., None]] = {
+    "lora": _bench_lora,
+    "xlora": functools.partial(_bench_mix, variant="xlora", freeze_after=0),
+    "xlora-frozen": functools.partial(_bench_mix, variant="xlora-frozen", freeze_after=FREEZE_AFTER),
+}
 
 
 if __name__ == "__main__":

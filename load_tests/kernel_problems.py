@@ -126,7 +126,7 @@ class QuantizedLinear:
         num_outputs = self.weights[0].shape[0] // (2 if self.silu else 1)
         if kind == "unpack":
             self.out = self.x.new_empty(self.weights[0].shape)
-            return [lambda w=w: unpack_weight(w, self.out, config=config, pdl=pdl) for w in self.weights]
+            return [lambda w=w: unpack_weight(w, self.out, pdl=pdl) for w in self.weights]
         self.out = self.x.new_empty(self.rows, num_outputs)
         if kind == "vector":
             return [

@@ -2,15 +2,14 @@
 
 from __future__ import annotations
 
-import functools
 from dataclasses import dataclass
 from typing import Any
 
 import torch
 from kernel_problems import COLD_BYTES, LINEAR_SHAPES, Launch, random_tensor, relative_error, release
 
-from trident_llm.kernels.lora import expand, shrink
-from trident_llm.kernels.lora_layer import LoraLayer, LoraRows, allocate_lora_layer, num_tiles
+from trident_llm.kernels.lora import add_lora
+from trident_llm.kernels.lora_layer import LoraRows, allocate_lora_layer, num_tiles
 
 
 @dataclass
@@ -57,11 +56,10 @@ class Lora:
         release(self)
 
     def launches(self, config: Any, pdl: bool = True) -> list[Launch]:
-        def launch(layer: LoraLayer) -> None:
-            hidden = shrink(self.x, layer, self.lora_rows, config=config, pdl=pdl)
-            expand(self.out, None, hidden, layer, self.lora_rows, config=config, pdl=pdl)
-
-        return [functools.partial(launch, layer) for layer in self.layers]
+        return [
+            lambda layer=layer: add_lora(self.out, self.x, None, layer, self.lora_rows, config=config, pdl=pdl)
+            for layer in self.layers
+        ]
 
     def error(self) -> float:
         layer, x = self.layers[-1], self.x.float()

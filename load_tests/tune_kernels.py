@@ -34,7 +34,6 @@ from trident_llm.kernels.quantized_vector import VectorConfig
 from trident_llm.kernels.rms_norm import NormConfig
 from trident_llm.kernels.silu_and_quantize import SiluConfig
 from trident_llm.kernels.skinny_matmul import SkinnyConfig
-from trident_llm.kernels.unpack_weight import UnpackConfig
 
 _MAX_ERROR = 1e-2
 
@@ -55,7 +54,6 @@ def candidates() -> Iterator[Candidate]:
     yield from _matrix_vector()
     yield from _skinny()
     yield from _quantized()
-    yield from _unpack()
     yield from _scaled()
     yield from _rows()
     yield from _lora()
@@ -153,13 +151,7 @@ def _quantized() -> Iterator[Candidate]:
                 yield Candidate("quantized", problem, ("vector", VectorConfig(*config)))
         else:
             yield Candidate("quantized", problem, ("quantized", QuantizedConfig(64, max(rows, 16), 32, 4, 4)))
-
-
-def _unpack() -> Iterator[Candidate]:
-    """Outputs, blocks, warps."""
-    for name in ("gate_up", "down"):
-        for config in itertools.product((16, 32, 64), (1, 2, 4), (2, 4, 8)):
-            yield Candidate("unpack", QuantizedLinear(name, 1), ("unpack", UnpackConfig(*config)))
+    yield Candidate("quantized", QuantizedLinear("gate_up", 1), ("unpack", None))
 
 
 def _scaled() -> Iterator[Candidate]:

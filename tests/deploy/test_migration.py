@@ -7,6 +7,7 @@ from dataclasses import fields
 
 from tests.launch.helpers import ROOT
 from trident_llm.config import EngineConfig
+from trident_llm.options import VLLM_DEFAULTS
 
 TEXT = (ROOT / "docs/migration.md").read_text()
 README = (ROOT / "README.md").read_text()
@@ -21,8 +22,13 @@ def test_settings_are_known() -> None:
 
 def test_options_are_those_of_the_readme() -> None:
     section = TEXT.partition("## Options and outputs")[2].partition("\n## ")[0]
-    for name in re.findall(r"`(\w+)`", section):
-        assert f"| `{name}` |" in README, name
+    start, missing, rest = section.partition("These of vLLM's sampling parameters are not there:")
+    absent, _, end = rest.partition("\n\n")
+    assert missing
+    for name in re.findall(r"`(\w+)`", start + end):
+        assert f"| `{VLLM_DEFAULTS.other_names.get(name, name)}` |" in README, name
+    for name in re.findall(r"`(\w+)`", absent.partition(".")[0]):
+        assert f"| `{name}` |" not in README, name
 
 
 def test_links_lead_somewhere() -> None:

@@ -19,7 +19,7 @@ from trident_llm.kernels.lora_layer import allocate_lora_layer
 from trident_llm.kernels.quantize_rows import quantize_rows
 from trident_llm.kernels.quantized_rows import QuantizedRows, allocate_rows
 from trident_llm.kernels.reference_quantized import quantize_tokens
-from trident_llm.kernels.rms_norm import NormConfig, rms_norm
+from trident_llm.kernels.rms_norm import NormConfig, default_config, rms_norm
 from trident_llm.kernels.silu_and_mul import silu_and_mul
 from trident_llm.kernels.silu_and_quantize import MAX_SIZE, SiluConfig, silu_and_quantize
 from trident_llm.kernels.triton_language import TritonLanguageKernels
@@ -53,8 +53,13 @@ def room(num_rows: int, size: int, codes: torch.dtype, dtype: torch.dtype) -> Qu
     return rows
 
 
-def assert_same(actual: QuantizedRows, expected: QuantizedRows) -> None:
+def assert_same(actual: QuantizedRows, expected: QuantizedRows, *, last_bit: bool = False) -> None:
+    """last_bit: whether the last one of a 16-bit number may differ."""
     assert actual.dtype == expected.dtype and actual.values.dtype == expected.values.dtype
+    if last_bit:
+        torch.testing.assert_close(actual.scales, expected.scales, rtol=2**-8, atol=0)
+        torch.testing.assert_close(actual.values.float(), expected.values.float(), rtol=2**-3, atol=1)
+        return
     assert torch.equal(actual.scales, expected.scales)
     assert torch.equal(actual.values.view(torch.uint8), expected.values.view(torch.uint8))
 
@@ -70,7 +75,9 @@ def test_a_norm_in_8_bits(case: tuple[int, int, torch.dtype, torch.dtype], form:
     for config in (None,) if INTERPRETED else (None, NormConfig(1, 16)):
         rms_norm(x, weight, 1e-5, out, residual=residuals[0], config=config, pdl=PDL)
         rms_norm(x, weight, 1e-5, rows, residual=residuals[1], config=config, pdl=PDL)
-        assert_same(rows, quantize_rows(out, codes, pdl=PDL))
+        # Squares of several rows a program may be added up in another order.
+        several = not INTERPRETED and default_config(size, num_rows).rows > 1 and config is None
+        assert_same(rows, quantize_rows(out, codes, pdl=PDL), last_bit=several)
         if residuals[0] is not None:
             assert torch.equal(residuals[0], residuals[1])
 

@@ -15,7 +15,7 @@ from tests.fakes.fake_hopper import FakeHopperDriver
 from tests.fakes.paged_steps import Chunk, PagedSteps
 from trident_llm.kernels.adjust_logits import AdjustmentTensors, adjust_logits, count_tokens
 from trident_llm.kernels.layer_cache import SCALED_LIMITS, LayerCache
-from trident_llm.kernels.lora import expand, shrink, updates
+from trident_llm.kernels.lora import add_lora
 from trident_llm.kernels.lora_layer import LoraRows, allocate_lora_layer
 from trident_llm.kernels.quantize_rows import quantize_rows
 from trident_llm.kernels.quantized_rows import allocate_rows
@@ -187,10 +187,8 @@ def test_lora(hopper: FakeHopperDriver, part_sizes: tuple[int, ...], dtype: torc
     )
     rows = LoraRows(weights=torch.zeros(1, 20, 2), tile_slots=torch.full((2, 2), -1, dtype=torch.int32))
     x, y = torch.empty(20, 4096, dtype=dtype), torch.empty(20, sum(part_sizes), dtype=dtype)
-    hidden = shrink(x, layer, rows, pdl=True)
     for bias in (None, y[0]):
-        expand(y, bias, hidden, layer, rows, pdl=True)
-    updates(hidden, layer, rows, pdl=True)
+        add_lora(y, x, bias, layer, rows, pdl=True)
     assert {name for name, _, _ in hopper.compiled} == {"_shrink_kernel", "_expand_kernel"}
 
 

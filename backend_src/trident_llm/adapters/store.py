@@ -71,11 +71,6 @@ class AdapterStore:
         return self._journal.is_new
 
     @property
-    def uses_dora(self) -> bool:
-        """Whether an adapter that requests may name has DoRA's gains."""
-        return any(adapter.uses_dora for adapter in self._names.values())
-
-    @property
     def is_busy(self) -> bool:
         """Whether ``poll`` is about to have something to do."""
         return bool(self._pending) or self._host.is_reading or self.mixes.is_busy

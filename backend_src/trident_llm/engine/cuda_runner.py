@@ -45,19 +45,13 @@ class CudaRunner:
         num_host_blocks: int,
         num_adapter_slots: int,
         captures_mixes: bool,
-        uses_gains: Callable[[], bool],
         progress: Callable[[str], None],
     ) -> None:
-        """uses_gains: whether an adapter that is loaded has gains (DoRA); asked when graphs are captured. Updates then
-        wait for the product. If none has, steps with one that has and was loaded later run without graphs.
-        """
         self.decoder = decoder
         self.kv_cache = kv_cache
         self.device = device
         self.block_size = kv_cache.block_size
         self._num_adapter_slots = num_adapter_slots
-        self._uses_gains = uses_gains
-        self._captured_gains = False
         largest = StepSizes(max_num_batched_tokens, max_num_seqs, max_num_seqs, max_num_seqs, num_adapter_slots)
         width = -(-max_model_len // self.block_size)
         self._buffers = StepBuffers(largest, table_width=width, device=device)
@@ -99,7 +93,6 @@ class CudaRunner:
         """
         torch.cuda.synchronize()
         self._buffers.clear()
-        self._captured_gains = self._uses_gains()
         yield from self._graphs.capture(progress)
         yield from self._first_pass.capture(progress)
         if self._transfers is not None:
@@ -140,15 +133,14 @@ class CudaRunner:
         step = flatten(output.scheduled, self.block_size, self._sampled_before)
         # Samples that fork off here can outnumber the sequences.
         own = shape_of(step, num_samples=len(step.samples), adapters=step.uses_adapters, mixed=plan is not None)
-        has_gains = _has_gains(step)
-        shape = None if has_gains and not self._captured_gains else self._graphs.find_shape(own)
+        shape = self._graphs.find_shape(own)
         sizes = self._sizes(shape) if shape else self._exact_sizes(step)
         counts = seq_counts(step, sizes.num_seqs, padded=shape is not None)
         self._buffers.upload(sizes, self._values(step, counts), step.block_tables)
         means = self._find_weights(plan, step, sizes) if plan else {}
         if shape is None:
             tables = self._buffers.block_tables[: sizes.num_seqs, : step.table_width]
-            self._forward(dataclasses.replace(own, num_seqs=sizes.num_seqs), sizes, tables, has_gains)
+            self._forward(dataclasses.replace(own, num_seqs=sizes.num_seqs), sizes, tables)
         else:
             self._graphs.replay(shape)
         self._sampled_before = {entry.seq: index for index, entry in enumerate(step.samples)}
@@ -201,9 +193,7 @@ class CudaRunner:
             "adapter_row_tiles": rows.tile_slots.reshape(-1),
         }
 
-    def _step_adapters(
-        self, fields: dict[str, Tensor], sizes: StepSizes, mixed: bool, has_gains: bool
-    ) -> StepAdapters | None:
+    def _step_adapters(self, fields: dict[str, Tensor], sizes: StepSizes, mixed: bool) -> StepAdapters | None:
         if not sizes.num_slots:
             return None
         weights = fields["adapter_weights"].view(1, sizes.num_tokens, sizes.num_slots)
@@ -211,12 +201,8 @@ class CudaRunner:
             weights = self._mixed_weights(sizes)
         row_weights = weights.index_select(1, fields["logits_rows"])
         return StepAdapters(
-            tokens=LoraRows(
-                weights, fields["adapter_tiles"].view(-1, sizes.num_slots), may_have_gains=has_gains
-            ),
-            rows=LoraRows(
-                row_weights, fields["adapter_row_tiles"].view(-1, sizes.num_slots), may_have_gains=has_gains
-            ),
+            tokens=LoraRows(weights, fields["adapter_tiles"].view(-1, sizes.num_slots)),
+            rows=LoraRows(row_weights, fields["adapter_row_tiles"].view(-1, sizes.num_slots)),
         )
 
     def _sizes(self, shape: StepShape) -> StepSizes:
@@ -224,21 +210,16 @@ class CudaRunner:
         return StepSizes(shape.num_tokens, shape.num_seqs, shape.num_seqs, shape.num_seqs, num_slots)
 
     def _captured_forward(self, shape: StepShape) -> None:
-        tables = self._buffers.block_tables[: shape.num_seqs]
-        self._forward(shape, self._sizes(shape), tables, self._captured_gains)
+        self._forward(shape, self._sizes(shape), self._buffers.block_tables[: shape.num_seqs])
 
-    def _forward(self, shape: StepShape, sizes: StepSizes, tables: Tensor, has_gains: bool) -> None:
+    def _forward(self, shape: StepShape, sizes: StepSizes, tables: Tensor) -> None:
         """Launch a step on whatever the buffers hold."""
         fields = self._buffers.views(sizes)
         model_input = device_input(
             fields, shape, tables=tables, sampled=self._sampler.token_ids, block_size=self.block_size,
-            logits_rows=fields["logits_rows"], adapters=self._step_adapters(fields, sizes, shape.mixed, has_gains),
+            logits_rows=fields["logits_rows"], adapters=self._step_adapters(fields, sizes, shape.mixed),
         )  # fmt: skip
         self.decoder.forward(model_input, self.kv_cache, self._logits[: sizes.num_rows])
-
-
-def _has_gains(step: FlatStep) -> bool:
-    return any(term.adapter.uses_dora for blend in step.blends if blend is not None for term in blend.terms)
 
 
 def _tokens(

@@ -379,7 +379,6 @@ def _make_runner(
         num_adapter_slots=config.num_adapter_slots,
         # Steps with a mix that is loaded later run without graphs.
         captures_mixes=bool(config.xlora) and config.routing_method == "learned",
-        uses_gains=lambda: model.adapters is not None and model.adapters.uses_dora,
         progress=progress,
     )
 

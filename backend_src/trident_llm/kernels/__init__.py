@@ -71,24 +71,6 @@ class Kernels(Protocol):
     ) -> Tensor:
         """``linear(x, weight, bias)`` plus what ``rows`` take of the updates in ``layer``."""
 
-    def linear_lora_silu_and_mul(
-        self, x: Tensor, weight: Any, bias: Tensor | None, layer: LoraLayer, rows: LoraRows
-    ) -> Tensor:
-        """``silu_and_mul(linear_lora(x, weight, bias, layer, rows))``, with fewer kernels in a row where it can be."""
-
-    def linear_lora_add_rms_norm(
-        self,
-        x: Tensor,
-        weight: Any,
-        bias: Tensor | None,
-        layer: LoraLayer,
-        rows: LoraRows,
-        residual: Tensor,
-        norm_weight: Tensor,
-        eps: float,
-    ) -> Tensor:
-        """``fused_add_rms_norm(linear_lora(x, weight, bias, layer, rows), residual, norm_weight, eps)``, likewise."""
-
     def plan_attention(
         self, metadata: AttentionMetadata, *, dtype: torch.dtype, sliding_window: int | None = None
     ) -> Any:

@@ -22,13 +22,6 @@ def check_shape(name: str, tensor: Tensor, shape: tuple[int, ...]) -> None:
         raise ValueError(f"{name} is {tuple(tensor.shape)}; expected {shape}")
 
 
-def check_addend(addend: Tensor, shape: tuple[int, ...]) -> None:
-    """Raise TypeError or ValueError unless ``addend`` is float32 of this shape, without gaps."""
-    check_dtype("addend", addend, (torch.float32,))
-    check_shape("addend", addend, shape)
-    check_last_contiguous("addend", addend, addend.dim())
-
-
 def check_product(out: Tensor, num_rows: int, *, num_splits: int, has_bias: bool, silu_and_mul: bool) -> None:
     """Raise ValueError unless out fits a product of ``num_rows`` rows, and what is asked for goes together."""
     if num_splits == 1:

@@ -1,9 +1,8 @@
 """Low-rank updates of linear layers: shrink to the rank, then expand to the outputs, for all slots of a step at once.
 
-Two launches a layer, whatever the mix of adapters; their result is added to the product, or left to be added. Which
-slots a tile of rows needs, how large their ranks are and how much of them each row takes is read on the device, so the
-launches can be captured into a CUDA graph; programs of slots and ranks that nobody uses end at once. Knows nothing of
-where adapters come from.
+Two launches a layer, whatever the mix of adapters. Which slots a tile of rows needs, how large their ranks are and how
+much of them each row takes is read on the device, so the launches can be captured into a CUDA graph; programs of slots
+and ranks that nobody uses end at once. Knows nothing of where adapters come from.
 """
 
 from __future__ import annotations
@@ -118,7 +117,7 @@ def _shrink_kernel(
 
 @triton.jit
 def _expand_kernel(
-    y,  # [num_rows, num_outputs]; overwritten unless ADD
+    y,  # [num_rows, num_outputs]
     bias,  # [num_outputs]; unused unless HAS_BIAS
     b,  # [S, num_outputs, max_rank]
     gains,  # [S, num_outputs] float32
@@ -146,7 +145,6 @@ def _expand_kernel(
     TILE_ENTRIES: tl.constexpr,
     PADDED_SLOTS: tl.constexpr,
     HAS_BIAS: tl.constexpr,
-    ADD: tl.constexpr,
     PDL: tl.constexpr,
 ):
     if PDL:
@@ -158,7 +156,7 @@ def _expand_kernel(
     own = tl.load(tile_slots + tile * num_slots + entries, mask=entries < num_slots, other=-1)
     own_ranks = tl.where(own < 0, 0, tl.gather(all_ranks, tl.maximum(own, 0), 0))
     most = tl.max(own_ranks, axis=0)
-    if (most == 0) & ADD:
+    if most == 0:
         if PDL:
             gdc_wait()
         return
@@ -186,9 +184,7 @@ def _expand_kernel(
         gdc_wait()
     y_pointers = y + rows.to(tl.int64)[None, :] * stride_y + outputs[:, None]
     y_mask = in_range[:, None] & (rows < num_rows)[None, :]
-    before = tl.zeros([TILE_OUTPUTS, TILE_ROWS], tl.float32)
-    if ADD:
-        before = tl.load(y_pointers, mask=y_mask, other=0.0).to(tl.float32)
+    before = tl.load(y_pointers, mask=y_mask, other=0.0).to(tl.float32)
     acc = tl.zeros([TILE_OUTPUTS, TILE_ROWS], tl.float32)
     num_products = groups * tl.cdiv(most, TILE_RANKS)
     for number in range(0, num_products):
@@ -206,7 +202,7 @@ def _expand_kernel(
         b_next = tl.load(b_pointers, mask=in_range[:, None] & is_there[None, :], other=0.0)
         acc = tl.dot(b_tile, values.to(b_tile.dtype), acc, input_precision="ieee")
     own_gained = tl.where(own < 0, 0, tl.gather(all_gained, tl.maximum(own, 0), 0))
-    if ADD & (tl.max(own_gained, axis=0) != 0):
+    if tl.max(own_gained, axis=0) != 0:
         product = before
         if HAS_BIAS:
             product = before - tl.load(bias + outputs, mask=in_range, other=0.0).to(tl.float32)[:, None]
@@ -221,10 +217,28 @@ def _expand_kernel(
     tl.store(y_pointers, (before + acc).to(y.dtype.element_ty), mask=y_mask)
 
 
+def add_lora(
+    y: Tensor,
+    x: Tensor,
+    bias: Tensor | None,
+    layer: LoraLayer,
+    rows: LoraRows,
+    *,
+    config: LoraConfig | None = None,
+    pdl: bool = False,
+) -> None:
+    """Add to y [T, out], which is W x + bias, the updates that ``rows`` take of ``layer``, in place; x is [T, in].
+
+    Equal dtypes of x, y and the layer; sums in float32.
+    """
+    hidden = shrink(x, layer, rows, config=config, pdl=pdl)
+    expand(y, bias, hidden, layer, rows, config=config, pdl=pdl)
+
+
 def shrink(
     x: Tensor, layer: LoraLayer, rows: LoraRows, *, config: LoraConfig | None = None, pdl: bool = False
 ) -> Tensor:
-    """The first half: A x times the rows' weights, in parts to be added up, by tile of rows and slot. x is [T, in]."""
+    """What ``expand`` reads: A x times the rows' weights, in parts to be added up, by tile of rows and slot."""
     num_rows, num_inputs = x.shape
     num_slots, num_parts, max_rank, _ = layer.a.shape
     config = config or default_config(num_inputs)
@@ -259,38 +273,12 @@ def expand(
     config: LoraConfig | None = None,
     pdl: bool = False,
 ) -> None:
-    """The second half, with the same ``config``: add the updates that ``rows`` take to y [T, out], which is W x + bias,
-    in place. Equal dtypes of x, y and the layer; sums in float32.
-    """
-    check_dtype("y", y, (layer.a.dtype,))
-    _expand(y, bias, hidden, layer, rows, config=config, add=True, pdl=pdl)
-
-
-def updates(
-    hidden: Tensor, layer: LoraLayer, rows: LoraRows, *, config: LoraConfig | None = None, pdl: bool = False
-) -> Tensor:
-    """What ``expand`` would add to W x, [T, out] float32: for rows without gains, whose updates need no W x."""
-    num_rows, num_outputs = rows.weights.shape[1], layer.b.shape[1]
-    out = torch.empty(num_rows, num_outputs, dtype=torch.float32, device=hidden.device)
-    _expand(out, None, hidden, layer, rows, config=config, add=False, pdl=pdl)
-    return out
-
-
-def _expand(
-    y: Tensor,
-    bias: Tensor | None,
-    hidden: Tensor,
-    layer: LoraLayer,
-    rows: LoraRows,
-    *,
-    config: LoraConfig | None,
-    add: bool,
-    pdl: bool,
-) -> None:
+    """The rest of ``add_lora``, with the same ``config``."""
     num_rows, num_outputs = y.shape
     num_slots, num_parts, max_rank, num_inputs = layer.a.shape
     config = config or default_config(num_inputs)
-    check_dtype("b", layer.b, (layer.a.dtype,))
+    for name, tensor in (("y", y), ("b", layer.b)):
+        check_dtype(name, tensor, (layer.a.dtype,))
     check_shape("b", layer.b, (num_slots, num_outputs, max_rank))
     check_shape("y", y, (num_rows, sum(layer.part_sizes)))
     check_last_contiguous("y", y)
@@ -306,7 +294,7 @@ def _expand(
         num_outputs, max_rank, num_slots, num_tiles, y.stride(0), *strides, SIZE0=sizes[0], SIZE1=sizes[1],
         SIZE2=sizes[2], NUM_PARTS=num_parts, NUM_SPLITS=num_splits, TILE_ROWS=TILE_ROWS, TILE_RANKS=_TILE_RANKS,
         TILE_OUTPUTS=config.tile_outputs, TILE_ENTRIES=config.tile_entries,
-        PADDED_SLOTS=max(triton.next_power_of_2(num_slots), config.tile_entries), HAS_BIAS=bias is not None, ADD=add,
+        PADDED_SLOTS=max(triton.next_power_of_2(num_slots), config.tile_entries), HAS_BIAS=bias is not None,
         PDL=pdl, num_warps=4, **({"launch_pdl": True} if pdl else {}),
     )  # fmt: skip
 

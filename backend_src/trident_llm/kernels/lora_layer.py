@@ -112,8 +112,6 @@ class LoraRows:
     """[ceil(N / TILE_ROWS), S] int32: the slots with a weight in a tile of rows, then -1."""
     runs: tuple[SlotRun, ...] = ()
     """The same on the host; empty where the step depends on its shape alone."""
-    may_have_gains: bool = True
-    """Whether a slot that they take may have gains, so that updates need W x."""
 
     def part_weights(self, target: int) -> Tensor:
         """[N, S]: what the part ``target`` of the model takes."""

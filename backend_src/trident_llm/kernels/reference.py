@@ -26,8 +26,6 @@ __all__ = [
     "linear",
     "linear_add_rms_norm",
     "linear_lora",
-    "linear_lora_add_rms_norm",
-    "linear_lora_silu_and_mul",
     "linear_silu_and_mul",
     "pack_linear",
     "paged_attention",
@@ -111,25 +109,6 @@ def linear_add_rms_norm(
 ) -> Tensor:
     del codes
     return fused_add_rms_norm(linear(x, weight, bias), residual, norm_weight, eps)
-
-
-def linear_lora_silu_and_mul(
-    x: Tensor, weight: Tensor | PackedWeight, bias: Tensor | None, layer: LoraLayer, rows: LoraRows
-) -> Tensor:
-    return silu_and_mul(linear_lora(x, weight, bias, layer, rows))
-
-
-def linear_lora_add_rms_norm(
-    x: Tensor,
-    weight: Tensor | PackedWeight,
-    bias: Tensor | None,
-    layer: LoraLayer,
-    rows: LoraRows,
-    residual: Tensor,
-    norm_weight: Tensor,
-    eps: float,
-) -> Tensor:
-    return fused_add_rms_norm(linear_lora(x, weight, bias, layer, rows), residual, norm_weight, eps)
 
 
 def rotary_embed_and_store_kv(qkv: Tensor, cos: Tensor, sin: Tensor, cache: LayerCache, plan: AttentionPlan) -> None:

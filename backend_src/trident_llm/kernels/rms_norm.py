@@ -13,7 +13,7 @@ import triton.language as tl
 from torch import Tensor
 from triton.language.extra.cuda import gdc_launch_dependents, gdc_wait
 
-from .checks import FLOAT_DTYPES, check_addend, check_dtype, check_last_contiguous, check_shape
+from .checks import FLOAT_DTYPES, check_dtype, check_last_contiguous, check_shape
 from .packed_bytes import BLOCK
 from .quantize_rows import SMALLEST, round_codes, row_scale
 from .quantized_rows import QuantizedRows, Rows, check_rows
@@ -38,7 +38,6 @@ def default_config(size: int, num_rows: int) -> NormConfig:
 @triton.jit(do_not_specialize=["num_rows"])
 def _rms_norm_kernel(
     x,  # [num_rows // inner, inner, size], strides below; [PARTS, num_rows, size] float32 with several parts
-    addend,  # [num_rows, size] float32, contiguous; unused unless ADDED
     residual,  # [num_rows, size], updated in place; unused unless ADD
     weight,  # [size]
     out,  # [num_rows, size] contiguous; the values of QuantizedRows if QUANTIZE
@@ -56,7 +55,6 @@ def _rms_norm_kernel(
     PADDED_SIZE: tl.constexpr,
     ROWS: tl.constexpr,
     PARTS: tl.constexpr,
-    ADDED: tl.constexpr,
     ADD: tl.constexpr,
     QUANTIZE: tl.constexpr,
     HALF: tl.constexpr,
@@ -74,11 +72,9 @@ def _rms_norm_kernel(
     inside = (row < num_rows) & (columns < SIZE)
     source = x + (row // inner) * stride_outer + (row % inner) * stride_inner + columns
     values = tl.load(source, mask=inside, other=0.0)
-    for part in tl.static_range(1, PARTS):
-        values += tl.load(source + part * stride_part, mask=inside, other=0.0)
-    if ADDED:
-        values = values.to(tl.float32) + tl.load(addend + row * SIZE + columns, mask=inside, other=0.0)
-    if (PARTS > 1) or ADDED:
+    if PARTS > 1:
+        for part in tl.static_range(1, PARTS):
+            values += tl.load(source + part * stride_part, mask=inside, other=0.0)
         # Rounded as the linear layer whose parts these are would have rounded its output.
         values = values.to(DTYPE)
     if ADD:
@@ -128,18 +124,16 @@ def rms_norm(
     out: Rows,
     *,
     residual: Tensor | None = None,
-    addend: Tensor | None = None,
     config: NormConfig | None = None,
     pdl: bool = False,
 ) -> None:
     """Norm of x [..., H] with weight [H] into out of the same shape, contiguous; statistics in float32.
 
     x has at most three dimensions and contiguous rows. With residual [T, H], x [T, H] is added to it in place and the
-    norm is that of the sum; x may then come in parts to be added up, [P, T, H] float32, and with
-    addend [T, H] float32, contiguous: one part more. As QuantizedRows, out are the
-    rows that ``quantize_rows`` makes of the norm, bit for bit.
+    norm is that of the sum; x may then come in parts to be added up, [P, T, H] float32. As QuantizedRows, out are the
+    rows that ``quantize_rows`` makes of the norm: bit for bit from 513 columns on, where a program has one row.
     """
-    _check(x, weight, out, residual, addend)
+    _check(x, weight, out, residual)
     size, in_parts = weight.shape[0], residual is not None and x.dim() == 3
     num_rows = x.numel() // (size * (x.shape[0] if in_parts else 1))
     if num_rows == 0:
@@ -151,17 +145,17 @@ def rms_norm(
     else:
         values, scales, limit, least_columns = out, None, 0.0, 1
     _rms_norm_kernel[(triton.cdiv(num_rows, config.rows),)](
-        x, addend, residual, weight, values, scales, num_rows, inner,
+        x, residual, weight, values, scales, num_rows, inner,
         x.stride(1) if in_parts else x.stride(0) if x.dim() > 1 else 0, x.stride(1) if inner > 1 else 0,
         x.stride(0) if in_parts else 0, residual.stride(0) if residual is not None else 0, eps, limit, SMALLEST,
         SIZE=size, PADDED_SIZE=max(triton.next_power_of_2(size), least_columns), ROWS=config.rows,
-        PARTS=x.shape[0] if in_parts else 1, ADDED=addend is not None, ADD=residual is not None,
+        PARTS=x.shape[0] if in_parts else 1, ADD=residual is not None,
         QUANTIZE=scales is not None, HALF=BLOCK // 2, PDL=pdl, num_warps=config.num_warps,
         **({"launch_pdl": True} if pdl else {}),
     )  # fmt: skip
 
 
-def _check(x: Tensor, weight: Tensor, out: Rows, residual: Tensor | None, addend: Tensor | None) -> None:
+def _check(x: Tensor, weight: Tensor, out: Rows, residual: Tensor | None) -> None:
     in_parts = residual is not None and x.dim() == 3
     check_dtype("x", x, (torch.float32,) if in_parts else FLOAT_DTYPES)
     check_shape("x", x, (*x.shape[:-1], weight.shape[0]))
@@ -172,10 +166,6 @@ def _check(x: Tensor, weight: Tensor, out: Rows, residual: Tensor | None, addend
     if residual is not None:
         check_shape("residual", residual, shape)
         check_last_contiguous("residual", residual)
-    if addend is not None:
-        if residual is None:
-            raise ValueError("an addend goes with a residual only")
-        check_addend(addend, shape)
     if isinstance(out, QuantizedRows):
         check_rows("out", out, shape, x.dtype if residual is None else residual.dtype)
     else:

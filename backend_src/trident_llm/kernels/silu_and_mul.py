@@ -7,7 +7,7 @@ import triton.language as tl
 from torch import Tensor
 from triton.language.extra.cuda import gdc_launch_dependents, gdc_wait
 
-from .checks import FLOAT_DTYPES, check_addend, check_dtype, check_last_contiguous, check_shape
+from .checks import FLOAT_DTYPES, check_dtype, check_last_contiguous, check_shape
 
 _TILE = 1024
 
@@ -17,32 +17,22 @@ def load_gated(
     gate_up,  # [2 * size], gate first
     columns,
     size,
-    addend=None,  # [2 * size] float32; unused unless ADDED
-    ADDED: tl.constexpr = False,
 ):
     """silu(gate) * up in float32; 0 for columns from ``size`` on."""
     inside = columns < size
     # Nobody reads gate_up again: it should leave the L2 cache before the output does.
     gate = tl.load(gate_up + columns, mask=inside, other=0.0, eviction_policy="evict_first").to(tl.float32)
     up = tl.load(gate_up + size + columns, mask=inside, other=0.0, eviction_policy="evict_first").to(tl.float32)
-    if ADDED:
-        gate += tl.load(addend + columns, mask=inside, other=0.0, eviction_policy="evict_first")
-        up += tl.load(addend + size + columns, mask=inside, other=0.0, eviction_policy="evict_first")
-        # Rounded as the sum would have been on its way through memory.
-        gate = gate.to(gate_up.dtype.element_ty).to(tl.float32)
-        up = up.to(gate_up.dtype.element_ty).to(tl.float32)
     return gate / (1.0 + tl.exp(-gate)) * up
 
 
 @triton.jit
 def _silu_and_mul_kernel(
     gate_up,  # [T, 2 * size], gate first
-    addend,  # [T, 2 * size] float32, contiguous; unused unless ADDED
     out,  # [T, size]
     size,
     stride_in,
     stride_out,
-    ADDED: tl.constexpr,
     TILE: tl.constexpr,
     PDL: tl.constexpr,
 ):
@@ -52,20 +42,13 @@ def _silu_and_mul_kernel(
     tiles = tl.cdiv(size, TILE)
     row = (tl.program_id(0) // tiles).to(tl.int64)
     columns = tl.program_id(0) % tiles * TILE + tl.arange(0, TILE)
-    if ADDED:
-        addend += row * 2 * size
-    result = load_gated(gate_up + row * stride_in, columns, size, addend, ADDED)
+    result = load_gated(gate_up + row * stride_in, columns, size)
     tl.store(out + row * stride_out + columns, result.to(out.dtype.element_ty), mask=columns < size)
 
 
-def silu_and_mul(gate_up: Tensor, out: Tensor, *, addend: Tensor | None = None, pdl: bool = False) -> None:
-    """silu(gate) * up of gate_up [T, 2 * I], gate first, into out [T, I]; computed in float32.
-
-    addend: [T, 2 * I] float32, contiguous; what is to be added to gate_up first, the sum rounded to its dtype.
-    """
+def silu_and_mul(gate_up: Tensor, out: Tensor, *, pdl: bool = False) -> None:
+    """silu(gate) * up of gate_up [T, 2 * I], gate first, into out [T, I]; computed in float32."""
     num_rows, size = out.shape
-    if addend is not None:
-        check_addend(addend, (num_rows, 2 * size))
     check_dtype("gate_up", gate_up, FLOAT_DTYPES)
     check_shape("gate_up", gate_up, (num_rows, 2 * size))
     check_last_contiguous("gate_up", gate_up)
@@ -74,6 +57,6 @@ def silu_and_mul(gate_up: Tensor, out: Tensor, *, addend: Tensor | None = None, 
         return
     # One axis: the others of a grid end at 65,535.
     _silu_and_mul_kernel[(triton.cdiv(size, _TILE) * num_rows,)](
-        gate_up, addend, out, size, gate_up.stride(0), out.stride(0), ADDED=addend is not None, TILE=_TILE, PDL=pdl,
+        gate_up, out, size, gate_up.stride(0), out.stride(0), TILE=_TILE, PDL=pdl,
         num_warps=4, **({"launch_pdl": True} if pdl else {}),
     )  # fmt: skip

@@ -27,7 +27,7 @@ class SiluConfig:
 
 def default_config(size: int) -> SiluConfig:
     padded = triton.next_power_of_2(size)
-    return SiluConfig(4 if padded <= 4096 else 8 if padded <= 16_384 else 16)
+    return SiluConfig(4 if padded <= 4096 else 8 if padded <= 8192 else 32)
 
 
 @triton.jit

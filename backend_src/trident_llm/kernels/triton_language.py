@@ -6,8 +6,6 @@ tables and slots are read on the device.
 
 from __future__ import annotations
 
-import contextlib
-from collections.abc import Iterator
 from dataclasses import dataclass
 from typing import Any
 
@@ -20,7 +18,7 @@ from . import matrix_vector, skinny_matmul
 from .checks import HALF_DTYPES
 from .decode_attention import allocate_workspace, choose_num_splits, decode_attention
 from .layer_cache import LayerCache
-from .lora import expand, shrink, updates
+from .lora import add_lora, expand, shrink
 from .lora_layer import LoraLayer, LoraRows
 from .matrix_vector import matrix_vector as multiply_vector
 from .packed_bytes import PackedBytes, pack_bytes
@@ -54,8 +52,6 @@ _HALVED_ROWS = range(skinny_matmul.MAX_ROWS + 1, 385)
 """Rows for which a long sum is worth halving, because cuBLAS takes small tiles for whole ones. H100, 14,336 inputs,
 4,096 outputs, us for 256, 320, 384 and 512 rows: 61, 68, 87 and 80 with the residual added, 55, 59, 67 and 84 as two
 halves in float32."""
-_MAX_APART_ROWS = 256
-"""Updates that come apart take 4 bytes an output; with many rows adding them to the product in place costs less."""
 
 Weight = Tensor | PackedWeight | PackedBytes
 
@@ -96,11 +92,6 @@ def _most_split_rows(num_inputs: int) -> int:
 def _halves_sums(num_rows: int, num_inputs: int) -> bool:
     """Whether cuBLAS is given a product as two of half the inputs."""
     return num_inputs >= _LONG_INPUTS and num_inputs % 2 == 0 and num_rows in _HALVED_ROWS
-
-
-def _comes_apart(x: Tensor, rows: LoraRows) -> bool:
-    """Whether updates are made beside the product and added by the kernel that reads both."""
-    return not rows.may_have_gains and x.shape[0] <= _MAX_APART_ROWS
 
 
 def _streams_weight(x: Tensor, weight: Tensor, max_rows: int) -> bool:
@@ -232,63 +223,19 @@ class TritonLanguageKernels:
     def linear_lora(
         self, x: Tensor, weight: Weight, bias: Tensor | None, layer: LoraLayer, rows: LoraRows
     ) -> Tensor:
+        if self._side_stream is None:
+            y = self.linear(x, weight, bias)
+            add_lora(y, x, bias, layer, rows, pdl=self._pdl)
+            return y
         # Shrink waits for memory most of its time and needs x alone: it runs beside the product.
-        with self._beside():
+        stream = torch.cuda.current_stream()
+        self._side_stream.wait_stream(stream)
+        with torch.cuda.stream(self._side_stream):
             hidden = shrink(x, layer, rows)
         y = self.linear(x, weight, bias)
-        self._join()
+        stream.wait_stream(self._side_stream)
         expand(y, bias, hidden, layer, rows)
         return y
-
-    def linear_lora_silu_and_mul(
-        self, x: Tensor, weight: Weight, bias: Tensor | None, layer: LoraLayer, rows: LoraRows
-    ) -> Tensor:
-        if not _comes_apart(x, rows):
-            return self.silu_and_mul(self.linear_lora(x, weight, bias, layer, rows))
-        with self._beside():
-            update = updates(shrink(x, layer, rows), layer, rows, pdl=self._pdl)
-        y = self.linear(x, weight, bias)
-        self._join()
-        out = y.new_empty(y.shape[0], y.shape[1] // 2)
-        silu_and_mul(y, out, addend=update)
-        return out
-
-    def linear_lora_add_rms_norm(
-        self,
-        x: Tensor,
-        weight: Weight,
-        bias: Tensor | None,
-        layer: LoraLayer,
-        rows: LoraRows,
-        residual: Tensor,
-        norm_weight: Tensor,
-        eps: float,
-    ) -> Tensor:
-        if not _comes_apart(x, rows):
-            y = self.linear_lora(x, weight, bias, layer, rows)
-            return self.fused_add_rms_norm(y, residual, norm_weight, eps)
-        with self._beside():
-            update = updates(shrink(x, layer, rows), layer, rows, pdl=self._pdl)
-        product = self._product(x, weight, bias)
-        self._join()
-        out = torch.empty_like(residual)
-        rms_norm(product, norm_weight, eps, out, residual=residual, addend=update)
-        return out
-
-    @contextlib.contextmanager
-    def _beside(self) -> Iterator[None]:
-        """What is launched here runs beside what follows, up to ``_join``; after it if there is no other stream."""
-        if self._side_stream is None:
-            yield
-            return
-        self._side_stream.wait_stream(torch.cuda.current_stream())
-        with torch.cuda.stream(self._side_stream):
-            yield
-
-    def _join(self) -> None:
-        """Let what follows wait for what runs beside. It cannot be a dependent launch: it waits for two kernels."""
-        if self._side_stream is not None:
-            torch.cuda.current_stream().wait_stream(self._side_stream)
 
     def plan_attention(
         self, metadata: AttentionMetadata, *, dtype: torch.dtype, sliding_window: int | None = None

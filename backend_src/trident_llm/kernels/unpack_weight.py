@@ -2,8 +2,6 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass
-
 import triton
 import triton.language as tl
 from torch import Tensor
@@ -13,17 +11,7 @@ from .checks import FLOAT_DTYPES, check_dtype, check_last_contiguous, check_shap
 from .packed_weight import PackedWeight
 from .unpack_codes import scales_of, unpack
 
-
-@dataclass(frozen=True)
-class UnpackConfig:
-    tile_outputs: int
-    """Outputs per program; at most 64."""
-    blocks: int
-    """Blocks of words per program, one after another."""
-    num_warps: int
-
-
-DEFAULT = UnpackConfig(tile_outputs=32, blocks=1, num_warps=4)
+_TILE_OUTPUTS = 32
 
 
 @triton.jit
@@ -33,7 +21,6 @@ def _unpack_weight_kernel(
     scales_and_zeros,  # [groups, num_outputs] int32
     out,  # [num_outputs, NUM_INPUTS]
     num_outputs,
-    num_blocks,
     stride_low,
     stride_high,
     stride_groups,
@@ -43,7 +30,6 @@ def _unpack_weight_kernel(
     CHUNK: tl.constexpr,
     GROUP_SIZE: tl.constexpr,
     TILE_OUTPUTS: tl.constexpr,
-    BLOCKS: tl.constexpr,
     ASM: tl.constexpr,
     PDL: tl.constexpr,
 ):
@@ -53,55 +39,33 @@ def _unpack_weight_kernel(
     VALUES: tl.constexpr = 2 if BITS == 8 else 4
     PER_WORD: tl.constexpr = 2 if BITS == 6 else 4
     NUM_GROUPS: tl.constexpr = (NUM_INPUTS + GROUP_SIZE - 1) // GROUP_SIZE
-    first_block = tl.program_id(1) * BLOCKS
+    block = tl.program_id(1)
     outputs = (tl.program_id(0) * TILE_OUTPUTS + tl.arange(0, TILE_OUTPUTS)).to(tl.int64)
     inside = (outputs < num_outputs)[:, None]
     columns = tl.arange(0, CHUNK)[None, :]
     in_panel = (outputs % 64 * CHUNK)[:, None] + columns
     panels = (outputs // 64)[:, None]
-    low += panels * stride_low + in_panel
-    high += panels * stride_high + in_panel
-    words, extra = _load_words(low, high, first_block, inside & (first_block < num_blocks), BITS, CHUNK, PER_WORD)
+    words = tl.load(low + panels * stride_low + block * 64 * CHUNK + in_panel, mask=inside, other=0)
+    extra = words
+    if BITS == 5 or BITS == 6:
+        pointers = high + panels * stride_high + block // PER_WORD * 64 * CHUNK + in_panel
+        extra = tl.load(pointers, mask=inside, other=0)
     if PDL:
         # The memory written may still be read by the product launched before.
         gdc_wait()
-    for i in tl.static_range(BLOCKS):
-        block = first_block + i
-        own_words, own_extra = words, extra
-        if i + 1 < BLOCKS:
-            # On their way while this block is written.
-            there = inside & (block + 1 < num_blocks)
-            words, extra = _load_words(low, high, block + 1, there, BITS, CHUNK, PER_WORD)
-        for j in tl.static_range(VALUES):
-            first = (block * VALUES + j) * CHUNK
-            group = tl.minimum(first // GROUP_SIZE, NUM_GROUPS - 1)
-            pointers = scales_and_zeros + group * stride_groups + outputs
-            pairs = tl.load(pointers, mask=outputs < num_outputs, other=0)
-            shift = (block % PER_WORD * 4 + j) * (BITS - 4)
-            weight = unpack(own_words, own_extra, pairs, j, shift, BITS, False, DTYPE, ASM).to(tl.float32)
-            weight *= scales_of(pairs)[:, None]
-            target = out + outputs[:, None] * stride_out + first + columns
-            tl.store(target, weight.to(out.dtype.element_ty), mask=inside & (first + columns < NUM_INPUTS))
+    for j in tl.static_range(VALUES):
+        first = (block * VALUES + j) * CHUNK
+        group = tl.minimum(first // GROUP_SIZE, NUM_GROUPS - 1)
+        pointers = scales_and_zeros + group * stride_groups + outputs
+        pairs = tl.load(pointers, mask=outputs < num_outputs, other=0)
+        shift = (block % PER_WORD * 4 + j) * (BITS - 4)
+        weight = unpack(words, extra, pairs, j, shift, BITS, False, DTYPE, ASM).to(tl.float32)
+        weight *= scales_of(pairs)[:, None]
+        target = out + outputs[:, None] * stride_out + first + columns
+        tl.store(target, weight.to(out.dtype.element_ty), mask=inside & (first + columns < NUM_INPUTS))
 
 
-@triton.jit
-def _load_words(low, high, block, mask, BITS: tl.constexpr, CHUNK: tl.constexpr, PER_WORD: tl.constexpr):
-    """A block of both planes; that of the second where there is one."""
-    words = tl.load(low + block * 64 * CHUNK, mask=mask, other=0)
-    extra = words
-    if BITS == 5 or BITS == 6:
-        extra = tl.load(high + block // PER_WORD * 64 * CHUNK, mask=mask, other=0)
-    return words, extra
-
-
-def unpack_weight(
-    weight: PackedWeight,
-    out: Tensor,
-    *,
-    config: UnpackConfig = DEFAULT,
-    pdl: bool = False,
-    use_asm: bool = True,
-) -> None:
+def unpack_weight(weight: PackedWeight, out: Tensor, *, pdl: bool = False, use_asm: bool = True) -> None:
     """The weight, dequantized in float32, into out [out, in] of bf16, fp16 or fp32; columns in the packed order.
 
     use_asm: off where there is no GPU.
@@ -111,11 +75,10 @@ def unpack_weight(
     check_last_contiguous("out", out)
     num_outputs, num_inputs = weight.shape
     high = weight.low if weight.high is None else weight.high
-    num_blocks = triton.cdiv(num_inputs, (2 if weight.bits == 8 else 4) * weight.chunk)
-    _unpack_weight_kernel[(triton.cdiv(num_outputs, config.tile_outputs), triton.cdiv(num_blocks, config.blocks))](
-        weight.low, high, weight.scales_and_zeros, out, num_outputs, num_blocks, weight.low.stride(0), high.stride(0),
+    block_inputs = (2 if weight.bits == 8 else 4) * weight.chunk
+    _unpack_weight_kernel[(triton.cdiv(num_outputs, _TILE_OUTPUTS), triton.cdiv(num_inputs, block_inputs))](
+        weight.low, high, weight.scales_and_zeros, out, num_outputs, weight.low.stride(0), high.stride(0),
         weight.scales_and_zeros.stride(0), out.stride(0),
         NUM_INPUTS=num_inputs, BITS=weight.bits, CHUNK=weight.chunk, GROUP_SIZE=weight.group_size,
-        TILE_OUTPUTS=config.tile_outputs, BLOCKS=config.blocks, ASM=use_asm, PDL=pdl, num_warps=config.num_warps,
-        **({"launch_pdl": True} if pdl else {}),
+        TILE_OUTPUTS=_TILE_OUTPUTS, ASM=use_asm, PDL=pdl, num_warps=4, **({"launch_pdl": True} if pdl else {}),
     )  # fmt: skip

@@ -71,10 +71,7 @@ class Linear:
             codes = reader.input_codes(x.shape[0], x.dtype)
             return self._kernels.linear_silu_and_mul(x, self.weight, self.bias, codes)
         # Updates read 16 bits.
-        assert isinstance(x, Tensor)
-        if self.lora is None:
-            return self._kernels.linear_silu_and_mul(x, self.weight, self.bias)
-        return self._kernels.linear_lora_silu_and_mul(x, self.weight, self.bias, self.lora, adapters)
+        return self._kernels.silu_and_mul(self(x, adapters))
 
     def add_rms_norm(
         self,
@@ -92,12 +89,7 @@ class Linear:
         if adapters is None:
             codes = None if reader is None else reader.input_codes(residual.shape[0], residual.dtype)
             return self._kernels.linear_add_rms_norm(x, self.weight, self.bias, residual, norm_weight, eps, codes)
-        assert isinstance(x, Tensor)
-        if self.lora is None:
-            return self._kernels.linear_add_rms_norm(x, self.weight, self.bias, residual, norm_weight, eps)
-        return self._kernels.linear_lora_add_rms_norm(
-            x, self.weight, self.bias, self.lora, adapters, residual, norm_weight, eps
-        )
+        return self._kernels.fused_add_rms_norm(self(x, adapters), residual, norm_weight, eps)
 
 
 @dataclass(frozen=True)
