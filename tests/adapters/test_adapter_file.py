@@ -11,7 +11,8 @@ import pytest
 from tests.adapters.conftest import AdaptedModel
 from tests.fakes.broken_adapters import REFUSED
 from trident_llm import Engine, EngineConfig
-from trident_llm.errors import BadRequest, NotFound
+from trident_llm.adapters.sources import copy_files
+from trident_llm.errors import BadRequest, LoadFailed, NotFound
 
 
 @pytest.fixture(scope="module")
@@ -49,16 +50,22 @@ def test_folders_outside_the_root_are_refused(engine: Engine, adapted: AdaptedMo
     (root / "half" / "adapter_model.safetensors").unlink()
     (root / "half" / "adapter_model.safetensors").symlink_to(adapted.path("a") / "adapter_model.safetensors")
     for path in (str(adapted.path("a")), f"../{adapted.root.name}/a", "link", "/etc"):
-        with pytest.raises(BadRequest, match="lies outside adapter_root"):
+        with pytest.raises(BadRequest, match=r"lies outside adapter_root$"):
             engine.load_adapter("x", path)
     with pytest.raises(BadRequest, match="safetensors is a link to outside adapter_root"):
         engine.load_adapter("x", "half")
     for path in ("", "a\0b"):
         with pytest.raises(BadRequest, match="is not allowed; give a folder"):
             engine.load_adapter("x", path)
-    with pytest.raises(NotFound, match="'nothing' is no folder below adapter_root"):
+    with pytest.raises(NotFound, match=r"'nothing' is no folder below adapter_root$"):
         engine.load_adapter("x", "nothing")
     assert [adapter["name"] for adapter in engine.list_adapters()["adapters"]] == ["a"]
+
+
+def test_errors_of_copying_name_no_folder(tmp_path: Path) -> None:
+    (tmp_path / "adapter_config.json").write_text("{}")
+    with pytest.raises(LoadFailed, match=r"^.*adapter 'x': its files cannot be copied: Not a directory$"):
+        copy_files(tmp_path, tmp_path / "adapter_config.json" / "copies", ("adapter_config.json",), "adapter 'x'")
 
 
 def test_a_link_within_the_root_is_followed(engine: Engine, adapted: AdaptedModel, root: Path) -> None:

@@ -27,14 +27,14 @@ class AdapterSources:
             root = Path(self.adapter_root).expanduser().resolve()
             folder = (root / Path(path).expanduser()).resolve()
             if not folder.is_relative_to(root):
-                raise BadRequest(f"{what}: {path[:200]!r} lies outside adapter_root ({root})")
+                raise BadRequest(f"{what}: {path[:200]!r} lies outside adapter_root")
             if folder.is_dir():
                 return _checked_files(folder, root, what)
         if self.allow_hub and path.count("/") == 1 and not path.startswith((".", "/", "~")):
             return download_adapter(path, what)
         if not self.adapter_root:
             raise BadRequest(f"{what}: folders cannot be loaded while serving; set adapter_root to a folder that may")
-        raise NotFound(f"{what}: {path[:200]!r} is no folder below adapter_root ({root})")
+        raise NotFound(f"{what}: {path[:200]!r} is no folder below adapter_root")
 
     def find_trusted(self, path: str, what: str) -> Path:
         """The real folder of what the settings name: any folder, else a hub's id."""
@@ -83,4 +83,5 @@ def copy_files(source: Path, destination: Path, names: tuple[str, ...], what: st
                 (destination / name).parent.mkdir(parents=True, exist_ok=True)
                 shutil.copyfile(source / name, destination / name)
     except OSError as error:
-        raise LoadFailed(f"{what}: its files cannot be copied: {error}") from None
+        # The error's own text names folders of the server.
+        raise LoadFailed(f"{what}: its files cannot be copied: {error.strerror}") from None
