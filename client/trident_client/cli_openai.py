@@ -6,6 +6,8 @@ import argparse
 import os
 from typing import Any
 
+from trident_gateway.affinity import LOAD_FACTOR
+
 from .errors import BadRequest
 
 
@@ -24,7 +26,7 @@ def add_openai_command(commands: Any, epilog: str) -> None:
                         help="what clients must send; default: TRIDENT_API_KEY, or none")  # fmt: skip
     parser.add_argument("--admin-token", default=os.environ.get("TRIDENT_ADMIN_TOKEN", ""), metavar="TEXT",
                         help="the servers' admin_token, to list adapters; default: TRIDENT_ADMIN_TOKEN")  # fmt: skip
-    parser.add_argument("--load-factor", type=float, default=1.25, metavar="NUMBER",
+    parser.add_argument("--load-factor", type=float, default=LOAD_FACTOR, metavar="NUMBER",
                         help="a conversation's own server is passed over while it runs more than this times the mean "
                         "of all (%(default)s)")  # fmt: skip
     parser.add_argument("--drain-timeout", type=int, default=5, metavar="SECONDS",

@@ -84,6 +84,11 @@ class AttentionPlan:
     """See AttentionMetadata."""
 
 
+def _is_plain(x: Tensor, weight: Tensor, bias: Tensor | None) -> bool:
+    """Whether a product is one of 16-bit matrices alone."""
+    return bias is None and weight.dtype == x.dtype and x.dtype in HALF_DTYPES
+
+
 def _most_split_rows(num_inputs: int) -> int:
     """Rows up to which our kernel shares long sums out."""
     return skinny_matmul.MAX_ROWS if num_inputs >= _LONG_INPUTS else _MAX_STREAMED_ROWS
@@ -200,7 +205,7 @@ class TritonLanguageKernels:
         """``linear`` for a norm that adds up parts: [T, out], or [P, T, out] float32 where programs share the sums."""
         if not isinstance(weight, Tensor):
             return self._packed[type(weight)].product(x, weight, bias)
-        if bias is not None or weight.dtype != x.dtype or x.dtype not in HALF_DTYPES:
+        if not _is_plain(x, weight, bias):
             return self.linear(x, weight, bias)
         (num_rows, num_inputs), num_outputs = x.shape, weight.shape[0]
         if matrix_vector.MAX_ROWS < num_rows <= _most_split_rows(num_inputs):
@@ -216,9 +221,8 @@ class TritonLanguageKernels:
     @staticmethod
     def _adds_residual(x: Tensor, weight: Tensor, bias: Tensor | None) -> bool:
         num_rows, num_inputs = x.shape
-        few = num_rows <= max(_most_split_rows(num_inputs), matrix_vector.MAX_ROWS)
-        fits = bias is None and weight.dtype == x.dtype and x.dtype in HALF_DTYPES
-        return fits and not few and not _halves_sums(num_rows, num_inputs) and x.numel() <= _MAX_ADDED_INPUTS
+        many = num_rows > _most_split_rows(num_inputs) and not _halves_sums(num_rows, num_inputs)
+        return _is_plain(x, weight, bias) and many and x.numel() <= _MAX_ADDED_INPUTS
 
     def linear_lora(
         self, x: Tensor, weight: Weight, bias: Tensor | None, layer: LoraLayer, rows: LoraRows

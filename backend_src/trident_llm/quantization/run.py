@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import functools
+import math
 from collections.abc import Callable, Mapping
 from pathlib import Path
 from typing import Any
@@ -65,7 +66,7 @@ class QuantizationRun:
         """Fill the decoder by the plan of least memory whose loss is at most ``max_loss``.
 
         Measured on held-out text and, for methods that calibrate, scaled to what other text loses. Layers that are not
-        ``pinned`` get other bits than those of ``plan``. Returns the plan and its loss.
+        ``pinned`` get other bits than those of ``plan``. Returns the plan and its loss on held-out text.
         Raises ``BadRequest`` when there is none.
         """
         assert self._samples is not None
@@ -95,7 +96,7 @@ class QuantizationRun:
             return (loss - base) * factor
 
         trial = search_plan(max_loss, choose, measure)
-        return trial.plan, trial.loss
+        return trial.plan, math.expm1(math.log1p(trial.loss) / factor)
 
     def keep(self, report: Mapping[str, Any]) -> None:
         """Make what was done last the content of the folder."""
