@@ -24,6 +24,7 @@ from results_file import RESULTS, commit, device_name, versions
 
 from trident_llm.kernels.decode_attention import choose_num_splits
 from trident_llm.kernels.layer_cache import LayerCache
+from trident_llm.kernels.prefill_attention_hopper import DEFAULT_CONFIG, takes
 from trident_llm.kernels.sample_tokens import SamplingTensors, allocate_workspace, sample_tokens
 from trident_llm.kernels.token_logprobs import token_logprobs
 from trident_llm.kernels.triton_language import AttentionPlan, TritonLanguageKernels
@@ -100,6 +101,9 @@ def bench_attention(results: Results) -> None:
         prefill.prepare("cuda")
         shape = f"{tokens} tokens, head_dim {head_dim}"
         results.record("prefill_attention", shape, graph_times(prefill.launches(None)), flops=prefill.flops)
+        if torch.cuda.get_device_capability()[0] == 9 and takes(prefill.q, LayerCache(prefill.cache), None, None):
+            times = graph_times(prefill.launches(DEFAULT_CONFIG, num_processors=processors))
+            results.record("prefill_attention_hopper", shape, times, flops=prefill.flops)
 
 
 def bench_elementwise(results: Results, kernels: TritonLanguageKernels) -> None:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Callable
 from dataclasses import dataclass, fields, replace
+from functools import partial
 from typing import Any
 
 import torch
@@ -15,6 +16,7 @@ from trident_llm.kernels.matrix_vector import matrix_vector
 from trident_llm.kernels.packed_bytes import pack_bytes
 from trident_llm.kernels.packed_weight import pack
 from trident_llm.kernels.prefill_attention import prefill_attention
+from trident_llm.kernels.prefill_attention_hopper import HopperConfig, prefill_attention_hopper
 from trident_llm.kernels.quantized_matmul import quantized_matmul
 from trident_llm.kernels.quantized_vector import quantized_vector
 from trident_llm.kernels.quantized_weight import QuantizedWeight
@@ -224,8 +226,12 @@ class Prefill(_Paged):
         self.starts = torch.tensor([0, self.tokens], dtype=torch.int32, device=device)
         self.flops = 2 * self.tokens * self.tokens * self.heads[0] * self.head_dim
 
-    def launches(self, config: Any, pdl: bool = True) -> list[Launch]:
-        launch = lambda: prefill_attention(  # noqa: E731
+    def launches(self, config: Any, pdl: bool = True, num_processors: int = 132) -> list[Launch]:
+        """num_processors: of the device; read with a HopperConfig, which stands for the kernel that is Hopper's own."""
+        kernel = prefill_attention
+        if isinstance(config, HopperConfig):
+            kernel = partial(prefill_attention_hopper, num_processors=num_processors)
+        launch = lambda: kernel(  # noqa: E731
             self.q, LayerCache(self.cache), self.tables, self.starts, self.context_lens, self.seq_counts, self.out,
             max_tokens=self.tokens, max_seqs=1, scale=self.head_dim**-0.5, config=config, pdl=pdl,
         )  # fmt: skip

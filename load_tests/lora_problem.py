@@ -9,7 +9,7 @@ import torch
 from kernel_problems import COLD_BYTES, LINEAR_SHAPES, Launch, random_tensor, relative_error, release
 
 from trident_llm.kernels.lora import add_lora
-from trident_llm.kernels.lora_layer import LoraRows, allocate_lora_layer, num_tiles
+from trident_llm.kernels.lora_layer import TILE_ROWS, LoraRows, allocate_lora_layer
 
 
 @dataclass
@@ -42,10 +42,12 @@ class Lora:
         chosen = torch.arange(self.rows) * used // self.rows
         weights = torch.zeros(1, self.rows, self.max_adapters)
         weights[0, torch.arange(self.rows), chosen] = 1.0
-        tiles = torch.full((num_tiles(self.rows), self.max_adapters), -1, dtype=torch.int32)
-        for tile, own in enumerate(chosen.split(16)):
-            slots = own.unique()
-            tiles[tile, : len(slots)] = slots
+        groups = chosen.split(TILE_ROWS)
+        tiles = torch.full((1 + len(groups), self.max_adapters), -1, dtype=torch.int32)
+        for tile, own in zip(tiles[1:], groups, strict=True):
+            slots = own.unique().int()
+            tile[: len(slots)] = slots
+            tiles[0, slots] = slots
         self.lora_rows = LoraRows(weights.to(device), tiles.to(device))
         self.chosen = chosen.to(device)
         self.x = random_tensor(device, self.rows, num_inputs)

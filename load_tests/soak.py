@@ -28,7 +28,7 @@ from engine_arguments import add_settings, engine_settings
 from random_adapters import write_random_adapters
 from results_file import RESULTS, ResultsFile
 from served_model import ROOT, ServedModel, end_through_contexts, environment_of_checkout
-from soak_requests import Load
+from soak_load import Load
 from soak_sample import RSS, Check, Sample, count_checks, growth, memory_checks, table, take_sample
 
 from trident_client import TridentError

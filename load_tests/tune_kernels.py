@@ -29,6 +29,7 @@ from trident_llm.kernels.decode_attention import DecodeConfig
 from trident_llm.kernels.lora import LoraConfig
 from trident_llm.kernels.matrix_vector import MatrixVectorConfig
 from trident_llm.kernels.prefill_attention import PrefillConfig
+from trident_llm.kernels.prefill_attention_hopper import HopperConfig
 from trident_llm.kernels.quantized_matmul import QuantizedConfig
 from trident_llm.kernels.quantized_vector import VectorConfig
 from trident_llm.kernels.rms_norm import NormConfig
@@ -50,6 +51,7 @@ class Candidate:
 def candidates() -> Iterator[Candidate]:
     """Candidates of one problem follow each other."""
     yield from _prefill()
+    yield from _hopper_prefill()
     yield from _decode()
     yield from _matrix_vector()
     yield from _skinny()
@@ -74,6 +76,16 @@ def _prefill() -> Iterator[Candidate]:
     for problem, configs in problems:
         for config in configs:
             yield Candidate("prefill", problem, (PrefillConfig(*config),))
+
+
+def _hopper_prefill() -> Iterator[Candidate]:
+    """For devices of compute capability 9.0. Keys of a tile, and so many tiles of K and V in shared memory."""
+    for tokens in (128, 512, 2048, 8192):
+        problem = Prefill(tokens, (32, 8), 128)
+        for tile_keys, num_stages in ((128, 2), (64, 4), (64, 2), (128, 1)):
+            for alternate, persistent in itertools.product((False, True), (True, False)):
+                config = HopperConfig(tile_keys, num_stages, alternate, persistent)
+                yield Candidate("hopper_prefill", problem, (config,))
 
 
 def _decode() -> Iterator[Candidate]:

@@ -10,15 +10,28 @@ import dataclasses
 import re
 import sys
 from collections.abc import Callable, Sequence
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 from . import errors
 from .config import EngineConfig, allowed_values
 from .metrics_catalog import METRICS
-from .options import options_table
+from .option_values import BOUND_NAMES
+from .options import CARRIER, CARRIER_ALLOWED, RequestOptions
 
 _MARKED = re.compile(r"(<!-- table: (\w+) -->\n).*?(<!-- end of table -->)", re.DOTALL)
+
+
+@dataclass(frozen=True, slots=True)
+class OptionDoc:
+    """An option of requests in words."""
+
+    name: str
+    kind: str
+    default: str
+    allowed: str
+    meaning: str
 
 
 def settings_table() -> str:
@@ -33,6 +46,29 @@ def settings_table() -> str:
     return _table(("setting", "type", "default", "allowed", "meaning"), rows) + (
         f"\nNot available yet, and refused by name when set: {later}.\n"
     )
+
+
+def option_docs() -> tuple[OptionDoc, ...]:
+    """All options, in the order of the README."""
+    names = {bound: bound for bound in BOUND_NAMES}
+    rows = [
+        OptionDoc(
+            name=field.name,
+            kind=field.metadata["kind"],
+            default=_default(field.default),
+            allowed=field.metadata["allowed"].format(**names),
+            meaning=field.metadata["meaning"] + ("" if field.metadata["available"] else " (not available yet)"),
+        )
+        for field in dataclasses.fields(RequestOptions)
+    ]
+    meaning = "options in one string; explicit ones win, on llm_vllm only those that are inputs"
+    return (*rows, OptionDoc(CARRIER, "JSON", "", CARRIER_ALLOWED, meaning))
+
+
+def options_table() -> str:
+    """The options of requests, in Markdown."""
+    rows = [(f"`{doc.name}`", doc.kind, doc.default, doc.allowed, doc.meaning) for doc in option_docs()]
+    return _table(("option", "type", "default", "allowed", "meaning"), rows)
 
 
 def errors_table() -> str:
@@ -78,7 +114,7 @@ def _type(field: dataclasses.Field[Any]) -> str:
 def _default(value: object) -> str:
     if isinstance(value, bool):
         return str(value).lower()
-    return "" if value in (None, "") else str(value)
+    return "" if value in (None, (), "") else str(value)
 
 
 if __name__ == "__main__":

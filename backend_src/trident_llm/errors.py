@@ -58,6 +58,11 @@ class Cancelled(TridentError):
     code = "CANCELLED"
 
 
+def known_error(error: Exception, kind: type[TridentError], about: str = "") -> TridentError:
+    """``error`` itself if it is meant for users, else one of ``kind`` that names it, after ``about``."""
+    return error if isinstance(error, TridentError) else kind(f"{about}{type(error).__name__}: {error}")
+
+
 _BY_CODE: dict[str, type[TridentError]] = {
     cls.code: cls for cls in (BadRequest, NotFound, Overloaded, EngineFailed, Cancelled)
 }

@@ -15,7 +15,6 @@ from typing import Any
 from .adapters.spec import SPEC_RULE
 from .errors import BadRequest
 from .option_values import (
-    BOUND_NAMES,
     MAX_LOGIT_BIASES,
     MAX_STOP_CHARS,
     Bounds,
@@ -251,34 +250,24 @@ class RequestOptions:
 
 
 _FIELDS = {field.name: field for field in dataclasses.fields(RequestOptions)}
-_CARRIER = "sampling_parameters"
-_CARRIER_ALLOWED = "a JSON object, in a string, of other options"
-
-
-@dataclass(frozen=True, slots=True)
-class OptionDoc:
-    """One row of the README's table of options."""
-
-    name: str
-    kind: str
-    default: str
-    allowed: str
-    meaning: str
+CARRIER = "sampling_parameters"
+"""What is no option itself but carries others."""
+CARRIER_ALLOWED = "a JSON object, in a string, of other options"
 
 
 def _merged(raw: Mapping[str, object]) -> dict[str, object]:
     """The given options, with those of ``sampling_parameters`` beneath them."""
-    carried = raw.get(_CARRIER)
+    carried = raw.get(CARRIER)
     if carried is None:
-        return {key: value for key, value in raw.items() if key != _CARRIER}
+        return {key: value for key, value in raw.items() if key != CARRIER}
     detail = ""
     try:
         beneath = read_json(carried) if isinstance(carried, str) else carried
     except ValueError as error:
         beneath, detail = None, str(error)
-    if not isinstance(beneath, Mapping) or _CARRIER in beneath:
-        raise BadRequest(_refusal(_CARRIER, carried, detail, _CARRIER_ALLOWED))
-    return {**beneath, **{key: value for key, value in raw.items() if key != _CARRIER and value is not None}}
+    if not isinstance(beneath, Mapping) or CARRIER in beneath:
+        raise BadRequest(_refusal(CARRIER, carried, detail, CARRIER_ALLOWED))
+    return {**beneath, **{key: value for key, value in raw.items() if key != CARRIER and value is not None}}
 
 
 def _read(field: dataclasses.Field[Any], value: object, bounds: Bounds, name: str) -> Any:
@@ -298,41 +287,7 @@ def _refusal(name: str, value: object, detail: str, allowed: str) -> str:
 
 
 def _unknown(key: str, other_names: Iterable[str]) -> str:
-    known = sorted([*_FIELDS, _CARRIER, *other_names])
+    known = sorted([*_FIELDS, CARRIER, *other_names])
     near = difflib.get_close_matches(str(key)[:80], known, n=1)
     hint = f"; did you mean {near[0]!r}?" if near else "."
     return f"unknown option {shown(key)}{hint} Known options: {', '.join(known)}"
-
-
-def _default_text(value: object) -> str:
-    if isinstance(value, bool):
-        return str(value).lower()
-    return "" if value in (None, (), "") else str(value)
-
-
-def _documented() -> tuple[OptionDoc, ...]:
-    names = {bound: bound for bound in BOUND_NAMES}
-    rows = [
-        OptionDoc(
-            name=field.name,
-            kind=field.metadata["kind"],
-            default=_default_text(field.default),
-            allowed=field.metadata["allowed"].format(**names),
-            meaning=field.metadata["meaning"] + ("" if field.metadata["available"] else " (not available yet)"),
-        )
-        for field in _FIELDS.values()
-    ]
-    meaning = "options in one string; explicit ones win, on llm_vllm only those that are inputs"
-    return (*rows, OptionDoc(_CARRIER, "JSON", "", _CARRIER_ALLOWED, meaning))
-
-
-OPTIONS: tuple[OptionDoc, ...] = _documented()
-"""All options in words, in the order of the README."""
-
-
-def options_table() -> str:
-    """The README's table of options, in Markdown."""
-    lines = ["| option | type | default | allowed | meaning |", "|---|---|---|---|---|"]
-    for row in OPTIONS:
-        lines.append(f"| `{row.name}` | {row.kind} | {row.default} | {row.allowed} | {row.meaning} |")
-    return "\n".join(lines) + "\n"

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import asyncio
-from collections.abc import AsyncGenerator, Awaitable, Coroutine, Mapping, Sequence
+from collections.abc import AsyncGenerator, Awaitable, Coroutine, Sequence
 from contextlib import aclosing
 from typing import Any, Literal, overload
 
@@ -11,6 +11,7 @@ import grpc
 import grpc.aio
 from tritonclient.grpc import service_pb2, service_pb2_grpc
 
+from .admin_commands import AdminCommands
 from .deadline import Deadline
 from .errors import BadRequest, Cancelled, NotFound, Overloaded, TridentError, from_rpc
 from .results import Chunk, Completion
@@ -28,7 +29,7 @@ from .wire import (
 )
 
 
-class AsyncTridentClient:
+class AsyncTridentClient(AdminCommands[Coroutine[Any, Any, dict[str, Any]]]):
     """``TridentClient`` for asyncio: the same arguments, results and errors. Belongs to the loop that first uses it.
 
     Close the client, or use it in an ``async with`` statement.
@@ -88,59 +89,11 @@ class AsyncTridentClient:
         return chunks if stream else _completion(chunks)
 
     async def admin(self, command: str, *, timeout: float | None = None, **arguments: Any) -> dict[str, Any]:
-        """Run a command of the admin door and return its result. Never retried: commands may change things."""
         request = admin_request(self.admin_model, command, self._admin_token, arguments)
         try:
             return admin_result(await self._stub().ModelInfer(request, timeout=Deadline.after(timeout).remaining()))
         except grpc.RpcError as error:
             raise from_rpc(error, self.url) from None
-
-    async def stats(self) -> dict[str, Any]:
-        """Counters and gauges of the engine."""
-        return await self.admin("stats")
-
-    async def health(self) -> dict[str, Any]:
-        """The state of the engine, whatever the Triton server thinks of its models."""
-        return await self.admin("health")
-
-    async def load_adapter(
-        self, name: str, path: str, *, pinned: bool = False, timeout: float | None = None
-    ) -> dict[str, Any]:
-        """Load a LoRA adapter, or put it in the place of the one that has its name: requests from now on get it.
-
-        ``path``: a folder below the server's setting ``adapter_root``, or a Hugging Face id where it allows them.
-        ``pinned``: the last to leave the device when it is not in use. A failed load changes nothing.
-        """
-        return await self.admin("load_adapter", timeout=timeout, name=name, path=path, pinned=pinned)
-
-    async def load_xlora(self, path: str, *, name: str = "xlora", timeout: float | None = None) -> dict[str, Any]:
-        """Load an X-LoRA mix with its members; requests use the one named ``xlora`` unless they say otherwise."""
-        return await self.admin("load_xlora", timeout=timeout, path=path, name=name)
-
-    async def unload_adapter(self, name: str, *, timeout: float | None = None) -> dict[str, Any]:
-        """Take an adapter's name away; requests that run with it keep it to their end."""
-        return await self.admin("unload_adapter", timeout=timeout, name=name)
-
-    async def list_adapters(self, *, timeout: float | None = None) -> dict[str, Any]:
-        """The loaded adapters, and the number of slots on the device."""
-        return await self.admin("list_adapters", timeout=timeout)
-
-    async def requantize(self, settings: Mapping[str, Any], *, timeout: float | None = None) -> dict[str, Any]:
-        """Begin to give the model weights of other ``isq_`` settings, and return the job; an empty value is a default.
-
-        Running requests finish on the old weights, and others wait meanwhile. A failure leaves the old ones.
-        """
-        return await self.admin("requantize", timeout=timeout, settings=dict(settings))
-
-    async def calibrate(self, action: str, *, timeout: float | None = None, **arguments: Any) -> dict[str, Any]:
-        """``start`` (max_samples, max_length) collects tokens of requests with the option ``calibration``, and ``stop``
-        ends that; ``apply`` (settings) begins a requantize that is calibrated on them, and returns the job.
-        """
-        return await self.admin("calibrate", timeout=timeout, action=action, **arguments)
-
-    async def job(self, job_id: str, *, timeout: float | None = None) -> dict[str, Any]:
-        """How a job stands: state (running, done or failed), progress, error, seconds."""
-        return await self.admin("job", timeout=timeout, id=job_id)
 
     async def jobs(self, *, timeout: float | None = None) -> list[dict[str, Any]]:
         """The jobs that the engine remembers, the newest first."""

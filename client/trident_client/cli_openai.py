@@ -7,6 +7,7 @@ import os
 from typing import Any
 
 from trident_gateway.affinity import LOAD_FACTOR
+from trident_gateway.cores import MAX_DEFAULT_WORKERS, default_workers
 
 from .errors import BadRequest
 
@@ -29,6 +30,9 @@ def add_openai_command(commands: Any, epilog: str) -> None:
     parser.add_argument("--load-factor", type=float, default=LOAD_FACTOR, metavar="NUMBER",
                         help="a conversation's own server is passed over while it runs more than this times the mean "
                         "of all (%(default)s)")  # fmt: skip
+    parser.add_argument("--workers", type=int, metavar="NUMBER",
+                        help="processes that share the port, each of which can use one core; default: a quarter of the "
+                        f"cores that it may use, from 1 to {MAX_DEFAULT_WORKERS}")  # fmt: skip
     parser.add_argument("--drain-timeout", type=int, default=5, metavar="SECONDS",
                         help="what requests that run may take to finish at the end (%(default)s)")  # fmt: skip
     parser.set_defaults(run_locally=_serve)
@@ -36,16 +40,15 @@ def add_openai_command(commands: Any, epilog: str) -> None:
 
 def _serve(arguments: argparse.Namespace) -> int:
     try:
-        from trident_gateway.command import serve
+        from trident_gateway.command import Settings, serve
     except ImportError as error:
         raise BadRequest(f"openai: {error.name} is not installed: pip install 'trident-llm[gateway]'") from None
-    urls = arguments.url or ["localhost:8001"]
-    return serve(
-        urls,
-        arguments.host,
-        arguments.port,
+    settings = Settings(
+        urls=arguments.url or ["localhost:8001"],
         api_key=arguments.api_key,
         admin_token=arguments.admin_token,
         load_factor=arguments.load_factor,
         drain_timeout=arguments.drain_timeout,
     )
+    num_workers = default_workers() if arguments.workers is None else arguments.workers
+    return serve(settings, arguments.host, arguments.port, num_workers)

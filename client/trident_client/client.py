@@ -4,13 +4,14 @@ from __future__ import annotations
 
 import threading
 import time
-from collections.abc import Generator, Mapping, Sequence
+from collections.abc import Generator, Sequence
 from contextlib import closing
 from typing import Any, Literal, overload
 
 import grpc
 from tritonclient.grpc import service_pb2, service_pb2_grpc
 
+from .admin_commands import AdminCommands
 from .deadline import Deadline
 from .errors import BadRequest, NotFound, Overloaded, TridentError, from_rpc
 from .results import Chunk, Completion
@@ -28,7 +29,7 @@ from .wire import (
 )
 
 
-class TridentClient:
+class TridentClient(AdminCommands[dict[str, Any]]):
     """A connection to one server. Safe for threads: each generation is a gRPC stream of its own on a shared channel.
 
     ``url`` is host:port of the server's gRPC endpoint, ``model`` the main door; ``admin_token`` is the server's
@@ -98,59 +99,11 @@ class TridentClient:
         return chunks if stream else Completion.from_chunks(chunks)
 
     def admin(self, command: str, *, timeout: float | None = None, **arguments: Any) -> dict[str, Any]:
-        """Run a command of the admin door and return its result. Never retried: commands may change things."""
         request = admin_request(self.admin_model, command, self._admin_token, arguments)
         try:
             return admin_result(self._stub.ModelInfer(request, timeout=Deadline.after(timeout).remaining()))
         except grpc.RpcError as error:
             raise from_rpc(error, self.url) from None
-
-    def stats(self) -> dict[str, Any]:
-        """Counters and gauges of the engine."""
-        return self.admin("stats")
-
-    def health(self) -> dict[str, Any]:
-        """The state of the engine, whatever the Triton server thinks of its models."""
-        return self.admin("health")
-
-    def load_adapter(
-        self, name: str, path: str, *, pinned: bool = False, timeout: float | None = None
-    ) -> dict[str, Any]:
-        """Load a LoRA adapter, or put it in the place of the one that has its name: requests from now on get it.
-
-        ``path``: a folder below the server's setting ``adapter_root``, or a Hugging Face id where it allows them.
-        ``pinned``: the last to leave the device when it is not in use. A failed load changes nothing.
-        """
-        return self.admin("load_adapter", timeout=timeout, name=name, path=path, pinned=pinned)
-
-    def load_xlora(self, path: str, *, name: str = "xlora", timeout: float | None = None) -> dict[str, Any]:
-        """Load an X-LoRA mix with its members; requests use the one named ``xlora`` unless they say otherwise."""
-        return self.admin("load_xlora", timeout=timeout, path=path, name=name)
-
-    def unload_adapter(self, name: str, *, timeout: float | None = None) -> dict[str, Any]:
-        """Take an adapter's name away; requests that run with it keep it to their end."""
-        return self.admin("unload_adapter", timeout=timeout, name=name)
-
-    def list_adapters(self, *, timeout: float | None = None) -> dict[str, Any]:
-        """The loaded adapters, and the number of slots on the device."""
-        return self.admin("list_adapters", timeout=timeout)
-
-    def requantize(self, settings: Mapping[str, Any], *, timeout: float | None = None) -> dict[str, Any]:
-        """Begin to give the model weights of other ``isq_`` settings, and return the job; an empty value is a default.
-
-        Running requests finish on the old weights, and others wait meanwhile. A failure leaves the old ones.
-        """
-        return self.admin("requantize", timeout=timeout, settings=dict(settings))
-
-    def calibrate(self, action: str, *, timeout: float | None = None, **arguments: Any) -> dict[str, Any]:
-        """``start`` (max_samples, max_length) collects tokens of requests with the option ``calibration``, and ``stop``
-        ends that; ``apply`` (settings) begins a requantize that is calibrated on them, and returns the job.
-        """
-        return self.admin("calibrate", timeout=timeout, action=action, **arguments)
-
-    def job(self, job_id: str, *, timeout: float | None = None) -> dict[str, Any]:
-        """How a job stands: state (running, done or failed), progress, error, seconds."""
-        return self.admin("job", timeout=timeout, id=job_id)
 
     def jobs(self, *, timeout: float | None = None) -> list[dict[str, Any]]:
         """The jobs that the engine remembers, the newest first."""

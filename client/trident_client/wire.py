@@ -4,11 +4,12 @@ from __future__ import annotations
 
 import json
 import numbers
-from collections.abc import Mapping, Sequence
+import struct
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from typing import Any
 
 import numpy as np
-from tritonclient.grpc import InferResult, service_pb2
+from tritonclient.grpc import service_pb2
 
 from .errors import BadRequest, EngineFailed, TridentError, parse_error
 from .results import Chunk
@@ -89,7 +90,7 @@ def admin_request(model: str, command: str, token: str, arguments: Mapping[str, 
 
 def admin_result(response: service_pb2.ModelInferResponse) -> dict[str, Any]:
     """What the command answered. Raises ``EngineFailed`` when it is no JSON object."""
-    texts = _texts(InferResult(response), "result")
+    texts = _texts(dict(_contents(response)).get("result", b""))
     try:
         result = json.loads(texts[0]) if texts else None
     except ValueError:
@@ -119,7 +120,7 @@ class AnswerDecoder:
         answer = response.infer_response
         final = answer.parameters.get("triton_final_response")
         self.complete = final is not None and final.bool_param
-        return [chunk for chunk in _chunks(InferResult(answer)) if self._is_news(chunk)]
+        return [chunk for chunk in _chunks(answer) if self._is_news(chunk)]
 
     def check_complete(self) -> None:
         """Raise the error that came, or ``EngineFailed`` when the stream ended before its last response."""
@@ -136,39 +137,67 @@ class AnswerDecoder:
         return bool(chunk.text or chunk.finish_reason or chunk.num_output_tokens)
 
 
-def _chunks(result: InferResult) -> list[Chunk]:
-    """One chunk per element of ``text_output``; every other output has one element per sample, or one for all."""
-    texts = _texts(result, "text_output")
-    reasons = [text if text not in ("", "None") else None for text in _texts(result, "finish_reason")]
-    logprobs = [json.loads(text) for text in _texts(result, "logprobs")]
-    scalings, layer_scalings = (
-        [json.loads(text) for text in _texts(result, name)] for name in ("scalings", "layer_scalings")
-    )
+def _chunks(answer: service_pb2.ModelInferResponse) -> list[Chunk]:
+    """One chunk per element of ``text_output``; every other output has one element per sample, or one for all.
+
+    Read by hand, because this is what a token costs its client: tritonclient's ``InferResult`` looks for each output
+    among all and makes an array of it.
+    """
+    columns = {name: _COLUMNS[name](data) for name, data in _contents(answer) if name in _COLUMNS}
+    texts = columns.pop("text_output", [])
     return [
-        Chunk(
-            text=text,
-            index=index,
-            finish_reason=_at(reasons, index),
-            num_input_tokens=_at(_numbers(result, "num_input_tokens"), index),
-            num_output_tokens=_at(_numbers(result, "num_output_tokens"), index),
-            num_cached_tokens=_at(_numbers(result, "num_cached_tokens"), index),
-            cumulative_logprob=_at(_numbers(result, "cumulative_logprob"), index),
-            logprobs=_at(logprobs, index),
-            scalings=_at(scalings, index),
-            layer_scalings=_at(layer_scalings, index),
-        )
+        Chunk(text=text, index=index, **{name: _at(values, index) for name, values in columns.items()})
         for index, text in enumerate(texts)
     ]
 
 
-def _texts(result: InferResult, name: str) -> list[str]:
-    array = result.as_numpy(name)
-    return [] if array is None else [item.decode("utf-8", errors="replace") for item in array.ravel().tolist()]
+def _contents(response: service_pb2.ModelInferResponse) -> Iterator[tuple[str, bytes]]:
+    """Names of outputs with their contents, which the Triton server sends beside them."""
+    return zip([tensor.name for tensor in response.outputs], response.raw_output_contents, strict=True)
 
 
-def _numbers(result: InferResult, name: str) -> list[Any]:
-    array = result.as_numpy(name)
-    return [] if array is None else np.ravel(array).tolist()
+def _texts(data: bytes) -> list[str]:
+    """Elements of a BYTES tensor: the length of each, in 4 bytes, comes before it."""
+    texts, begin = [], 0
+    while begin < len(data):
+        end = begin + 4 + int.from_bytes(data[begin : begin + 4], "little")
+        texts.append(data[begin + 4 : end].decode("utf-8", "replace"))
+        begin = end
+    return texts
+
+
+def _reasons(data: bytes) -> list[str | None]:
+    return [text if text not in ("", "None") else None for text in _texts(data)]
+
+
+def _json_values(data: bytes) -> list[Any]:
+    return [json.loads(text) for text in _texts(data)]
+
+
+def _integers(data: bytes) -> list[int]:
+    """Elements of a UINT32 tensor."""
+    if len(data) == 4:
+        return [int.from_bytes(data, "little")]
+    return [value for (value,) in struct.iter_unpack("<I", data)]
+
+
+def _floats(data: bytes) -> list[float]:
+    """Elements of an FP32 tensor."""
+    return [value for (value,) in struct.iter_unpack("<f", data)]
+
+
+_COLUMNS: Mapping[str, Callable[[bytes], list[Any]]] = {
+    "text_output": _texts,
+    "finish_reason": _reasons,
+    "num_input_tokens": _integers,
+    "num_output_tokens": _integers,
+    "num_cached_tokens": _integers,
+    "cumulative_logprob": _floats,
+    "logprobs": _json_values,
+    "scalings": _json_values,
+    "layer_scalings": _json_values,
+}
+"""Outputs of a door that are fields of ``Chunk``, and how their contents are read."""
 
 
 def _at(values: list[Any], index: int) -> Any:

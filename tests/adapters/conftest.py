@@ -1,28 +1,14 @@
 from __future__ import annotations
 
-from dataclasses import dataclass
-from pathlib import Path
 from typing import Any
 
 import pytest
 
+from tests.adapters.helpers import AdaptedModel
+from tests.adapters.mixes import CONFIGS, MEMBERS, TestedMix
 from tests.fakes.peft_adapters import write_adapter
+from tests.fakes.peft_mixes import write_mix
 from tests.fakes.tiny_models import write_tiny_llama
-
-
-@dataclass(frozen=True)
-class AdaptedModel:
-    """A small random model on disk with four adapters that PEFT wrote, and PEFT's models of them."""
-
-    folder: Path
-    base: Any
-    root: Path
-    """Below it lie a, b, c and d."""
-    oracles: dict[str, Any]
-
-    def path(self, name: str) -> Path:
-        return self.root / name
-
 
 ADAPTERS: dict[str, dict[str, Any]] = {
     "a": {"r": 4},
@@ -45,3 +31,13 @@ def adapted(tmp_path_factory: pytest.TempPathFactory) -> AdaptedModel:
         for index, (name, config) in enumerate(ADAPTERS.items())
     }
     return AdaptedModel(folder, base, root, oracles)
+
+
+@pytest.fixture(scope="session")
+def mixes(adapted: AdaptedModel, tmp_path_factory: pytest.TempPathFactory) -> dict[str, TestedMix]:
+    """Mixes of the adapted model's base, by the names of CONFIGS."""
+    found = {}
+    for seed, (name, config) in enumerate(CONFIGS.items()):
+        folder = tmp_path_factory.mktemp(name)
+        found[name] = TestedMix(folder, write_mix(adapted.base, folder, MEMBERS, seed=seed, **config))
+    return found

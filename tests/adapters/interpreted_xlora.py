@@ -9,7 +9,7 @@ from typing import Any
 import pytest
 import torch
 
-from tests.adapters.test_adapter_engine import make_submit, run
+from tests.adapters.helpers import make_submit, run
 from tests.fakes.fake_cuda import run_gpu_path_on_cpu
 from tests.fakes.peft_mixes import write_mix
 from tests.fakes.tiny_models import write_tiny_llama

@@ -2,63 +2,18 @@
 
 from __future__ import annotations
 
-import itertools
-import random
-from pathlib import Path
 from typing import Any
 
 import pytest
 
-from tests.adapters.conftest import AdaptedModel
+from tests.adapters.helpers import NEW_TOKENS, AdaptedModel, make_core, make_submit, prompt_of, run
 from tests.fakes.peft_adapters import greedy, peft_blend
 from trident_llm import EngineConfig
 from trident_llm.engine.engine import EngineCore
 from trident_llm.errors import BadRequest, NotFound
-from trident_llm.protocol import SampleStart, SamplingParams, Submit
+from trident_llm.protocol import SampleStart
 
-NEW_TOKENS = 10
 NAMES = ("", "a", "b", "c", "d")
-
-
-def make_core(adapted: AdaptedModel, *, adapter_folder: Path | None = None, **settings: Any) -> EngineCore:
-    values = {
-        "dtype": "fp32", "device": "cpu", "max_num_blocks": 512, "block_size": 8, "max_num_seqs": 64,
-        "adapter_root": str(adapted.root), "max_lora_rank": 8, "max_loras": 4,
-        "adapters": ",".join(f"{name}={adapted.path(name)}" for name in adapted.oracles),
-        **settings,
-    }  # fmt: skip
-    return EngineCore(EngineConfig(model=str(adapted.folder), **values), adapter_folder=adapter_folder)
-
-
-_names = itertools.count()
-
-
-def make_submit(prompt: list[int], adapter: str = "", max_tokens: int = NEW_TOKENS, **fields: Any) -> Submit:
-    params = SamplingParams(seed=0, max_tokens=max_tokens, temperature=0.0, ignore_eos=True)
-    return Submit(request_id=f"r{next(_names)}", prompt_ids=prompt, params=params, adapter=adapter, **fields)
-
-
-def run(core: EngineCore, submits: list[Submit], steps_between: int = 0) -> dict[str, list[int]]:
-    """Tokens by request id; ``steps_between`` steps pass before each next submission."""
-    tokens: dict[str, list[int]] = {}
-    waiting = list(submits)
-    for step in itertools.count():
-        while waiting and (not steps_between or step % steps_between == 0):
-            core.add(waiting.pop(0))
-            if steps_between:
-                break
-        if not core.has_work() and not waiting:
-            break
-        for delta in core.step():
-            assert not delta.error, delta.error
-            tokens.setdefault(delta.request_id, []).extend(delta.token_ids)
-        core.check_integrity()
-        assert step < 5000
-    return tokens
-
-
-def prompt_of(length: int, seed: int) -> list[int]:
-    return random.Random(seed).choices(range(5, 300), k=length)
 
 
 @pytest.fixture(scope="module")

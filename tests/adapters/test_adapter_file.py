@@ -8,7 +8,7 @@ from typing import Any
 
 import pytest
 
-from tests.adapters.conftest import AdaptedModel
+from tests.adapters.helpers import AdaptedModel
 from tests.fakes.broken_adapters import REFUSED
 from trident_llm import Engine, EngineConfig
 from trident_llm.adapters.sources import copy_files

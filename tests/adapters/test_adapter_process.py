@@ -14,7 +14,7 @@ from typing import Any
 import numpy as np
 import pytest
 
-from tests.adapters.conftest import AdaptedModel
+from tests.adapters.helpers import AdaptedModel
 from tests.fakes import fake_backend_utils
 from tests.fakes.engine_runs import ROOT, Door, wait_until
 from tests.fakes.fake_backend_utils import Tensor

@@ -11,7 +11,7 @@ import torch
 
 from examples import train_xlora
 from examples.xlora_tasks import TASKS, examples, mixture
-from tests.adapters.conftest import AdaptedModel
+from tests.adapters.helpers import AdaptedModel
 from trident_llm import Engine, EngineConfig
 
 

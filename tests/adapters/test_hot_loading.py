@@ -15,8 +15,7 @@ from typing import Any
 import psutil
 import pytest
 
-from tests.adapters.conftest import AdaptedModel
-from tests.adapters.test_adapter_engine import NEW_TOKENS, make_core, make_submit, prompt_of, run
+from tests.adapters.helpers import NEW_TOKENS, AdaptedModel, make_core, make_submit, prompt_of, run
 from tests.fakes.peft_adapters import greedy, write_adapter
 from trident_llm.adapters.adapter import Adapter
 from trident_llm.engine.engine import EngineCore

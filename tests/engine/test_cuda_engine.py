@@ -140,10 +140,15 @@ def test_logprobs_equal_those_of_the_cpu(model_folder):
             assert [top.token_id for top in ours.top] == [top.token_id for top in theirs.top]
 
 
+# On Hopper prompts with heads of 128 have a kernel of their own.
+@pytest.mark.parametrize("head_dim", [64, 128])
 @pytest.mark.parametrize("dtype", ["bf16", "fp16"])
-def test_logits_are_as_near_to_float32_as_those_of_transformers(model_folder, dtype):
+def test_logits_are_as_near_to_float32_as_those_of_transformers(tmp_path, dtype, head_dim):
     """Teacher-forced: the log-probabilities of given tokens, through chunks of several sizes and many step shapes,
     against float32. Transformers in the same dtype shows what rounding costs on this model."""
+    model_folder = write_tiny_llama(
+        tmp_path, hidden=256, heads=8, kv_heads=2, head_dim=head_dim, layers=3, vocab=1000
+    )
     rng = random.Random(7)
     exact = _model_logprobs(model_folder, torch.float32, "cpu")
     rounded = _model_logprobs(model_folder, {"bf16": torch.bfloat16, "fp16": torch.float16}[dtype], "cuda")

@@ -12,7 +12,7 @@ from pathlib import Path
 from trident_llm.generation import Generation
 from trident_llm.options import RequestOptions
 from trident_llm.protocol import Welcome
-from trident_llm.run_directory import Launch
+from trident_llm.run_directory import Launch, RunDirectory
 from trident_llm.server.engine_client import EngineClient
 from trident_llm.text import Tokenizer
 
@@ -23,6 +23,13 @@ def fake_launch(model: Path, step_time: float = 0.002, **settings: str) -> Launc
     """``model``: a folder with a byte tokenizer."""
     command = ["env", f"PYTHONPATH={ROOT}:{ROOT}/backend_src", sys.executable, "-m", "tests.fakes.fake_engine"]
     return Launch(parameters={"model": str(model), **settings}, command=[*command, "--step-time", str(step_time)])
+
+
+def engine_pid(run_directory: RunDirectory) -> int:
+    """Of the engine process that runs, or ran last."""
+    status = run_directory.read_status()
+    assert status is not None
+    return status.pid
 
 
 def wait_until(condition: Callable[[], bool], seconds: float = 10.0) -> float:

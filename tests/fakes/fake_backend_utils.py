@@ -144,13 +144,16 @@ class MetricFamily:
 
     GAUGE, COUNTER = "gauge", "counter"
     metrics: ClassVar[dict[str, Metric]] = {}
+    num_alive: ClassVar[int] = 0
 
     def __init__(self, name: str, description: str, kind: str) -> None:
         assert description and kind in (self.GAUGE, self.COUNTER)
+        MetricFamily.num_alive += 1
         self._name = name
         self._made: dict[str, Metric] = {}
 
     def __del__(self) -> None:
+        MetricFamily.num_alive -= 1
         for name, metric in self._made.items():
             if self.metrics.get(name) is metric:
                 del self.metrics[name]

@@ -54,5 +54,5 @@ def run_gpu_path_on_cpu(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(torch.cuda, "current_stream", OnlyStream)
     monkeypatch.setattr(torch.cuda, "stream", contextlib.nullcontext)
     monkeypatch.setattr(torch.cuda, "synchronize", lambda: None)
-    monkeypatch.setattr("trident_llm.engine.engine._runs_on_gpu", lambda device: True)
+    monkeypatch.setattr("trident_llm.engine.runners.runs_on_gpu", lambda device: True)
 

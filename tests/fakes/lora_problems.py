@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 import torch
 
@@ -54,29 +54,31 @@ def make_problem(
     x, y = random(num_rows, num_inputs), random(num_rows, num_outputs)
     bias = random(num_outputs) if with_bias else None
     rows = lora_rows(weights.to(device))
-    return LoraProblem(x, y, bias, layer, rows, _expected(x, y, bias, layer, rows, ranks, gained))
+    problem = LoraProblem(x, y, bias, layer, rows, expected=y)
+    return replace(problem, expected=expected_sum(problem, ranks))
 
 
 def lora_rows(weights: torch.Tensor) -> LoraRows:
     """Rows with everything that either implementation reads."""
     num_rows, num_slots = weights.shape[1:]
-    used = (weights != 0).any(0)
-    tiles = torch.full((-(-num_rows // TILE_ROWS), num_slots), -1, dtype=torch.int32)
-    for tile in range(len(tiles)):
-        slots = used[tile * TILE_ROWS : (tile + 1) * TILE_ROWS].any(0).nonzero()[:, 0]
-        tiles[tile, : len(slots)] = slots
+    used = (weights != 0).any(0).cpu()
+    groups = used.split(TILE_ROWS)
+    tiles = torch.full((1 + len(groups), num_slots), -1, dtype=torch.int32)
+    for tile, group in zip(tiles[1:], groups, strict=True):
+        slots = group.any(0).nonzero()[:, 0].int()
+        tile[: len(slots)] = slots
+        tiles[0, slots] = slots
     runs = tuple(
         SlotRun(slot, row, row + 1, None) for slot in range(num_slots) for row in range(num_rows) if used[row, slot]
     )
     return LoraRows(weights=weights, tile_slots=tiles.to(weights.device), runs=runs)
 
 
-def _expected(
-    x: torch.Tensor, y: torch.Tensor, bias: torch.Tensor | None, layer: LoraLayer, rows: LoraRows,
-    ranks: tuple[int, ...], gained: tuple[int, ...],
-) -> torch.Tensor:  # fmt: skip
-    result = y.double().clone()
-    product = result.clone() if bias is None else result - bias.double()
+def expected_sum(problem: LoraProblem, ranks: tuple[int, ...]) -> torch.Tensor:
+    """y and what its rows take of the updates, in float64."""
+    x, layer, rows = problem.x.double(), problem.layer, problem.rows
+    result = problem.y.double().clone()
+    product = result.clone() if problem.bias is None else result - problem.bias.double()
     for slot, rank in enumerate(ranks):
         if not rank:
             continue
@@ -84,8 +86,8 @@ def _expected(
         for part, size in enumerate(layer.part_sizes):
             here = slice(first, first + size)
             first += size
-            update = x.double() @ layer.a[slot, part, :rank].double().T @ layer.b[slot, here, :rank].double().T
-            if slot in gained:
+            update = x @ layer.a[slot, part, :rank].double().T @ layer.b[slot, here, :rank].double().T
+            if layer.host_has_gains[slot]:
                 update += product[:, here] * layer.gains[slot, here].double()
             result[:, here] += rows.part_weights(layer.first_target + part)[:, slot, None].double() * update
     return result

@@ -14,7 +14,7 @@ HALF_DTYPES = [torch.float16] if INTERPRETED else [torch.float16, torch.bfloat16
 """The interpreter multiplies bf16 matrices wrongly."""
 DTYPES = [torch.float32, *HALF_DTYPES]
 
-_MAX_ERRORS = {torch.float32: 2e-6, torch.float16: 1.5e-3, torch.bfloat16: 1e-2}
+MAX_ERRORS = {torch.float32: 2e-6, torch.float16: 1.5e-3, torch.bfloat16: 1e-2}
 
 
 def random_tensor(*shape: int, dtype: torch.dtype = torch.float32, seed: int = 0, scale: float = 1.0) -> torch.Tensor:
@@ -29,7 +29,7 @@ def poisoned(*shape: int, dtype: torch.dtype) -> torch.Tensor:
 
 def assert_close(actual: torch.Tensor, expected: torch.Tensor, max_error: float | None = None) -> None:
     """Relative error of the whole tensor, against a float32 or float64 reference, within the dtype's rounding."""
-    limit = _MAX_ERRORS[actual.dtype] if max_error is None else max_error
+    limit = MAX_ERRORS[actual.dtype] if max_error is None else max_error
     assert actual.shape == expected.shape
     error = (actual.double() - expected.double()).norm() / expected.double().norm()
     assert error <= limit, f"relative error {error:.2e}, allowed {limit:.2e}"

@@ -2,11 +2,14 @@
 
 from __future__ import annotations
 
+from dataclasses import replace
+from typing import Any
+
 import pytest
 import torch
 
-from tests.fakes.lora_problems import lora_rows, make_problem, mixed_weights
-from tests.kernels.cuda_cases import DEVICE, DTYPES, PDL, assert_close
+from tests.fakes.lora_problems import LoraProblem, expected_sum, lora_rows, make_problem, mixed_weights
+from tests.kernels.cuda_cases import DEVICE, DTYPES, HALF_DTYPES, MAX_ERRORS, PDL, assert_close, random_tensor
 from trident_llm.kernels.lora import LoraConfig, add_lora
 from trident_llm.kernels.triton_language import TritonLanguageKernels
 
@@ -53,20 +56,77 @@ def test_rows_without_slots_keep_every_bit() -> None:
     assert torch.equal(problem.y, before)
 
 
-@pytest.mark.parametrize("dtype", DTYPES)
-def test_a_linear_layer_with_updates(dtype: torch.dtype) -> None:
-    """On a GPU part of it runs on a stream of its own."""
-    problem = make_problem(mixed_weights(33, 4), ranks=RANKS, dtype=dtype, device=DEVICE, gained=(0,), with_bias=True)
-    weight = torch.randn(problem.y.shape[1], problem.x.shape[1], generator=torch.Generator().manual_seed(1))
-    weight = weight.to(DEVICE, dtype)
+def layer_problem(num_rows: int, part_sizes: tuple[int, ...], dtype: torch.dtype, **options: Any) -> LoraProblem:
+    return make_problem(
+        mixed_weights(num_rows, 4), ranks=RANKS, part_sizes=part_sizes, dtype=dtype, device=DEVICE, num_inputs=150,
+        **options,
+    )  # fmt: skip
+
+
+def layer_weight(problem: LoraProblem) -> torch.Tensor:
+    shape = problem.y.shape[1], problem.x.shape[1]
+    return random_tensor(*shape, dtype=problem.x.dtype, seed=1, scale=0.1)
+
+
+def updated(problem: LoraProblem, weight: torch.Tensor) -> torch.Tensor:
+    """The layer's outputs in float64."""
+    product = problem.x.double() @ weight.double().T
+    whole = replace(problem, y=product if problem.bias is None else product + problem.bias.double())
+    return expected_sum(whole, RANKS)
+
+
+def make_kernels() -> TritonLanguageKernels:
     side_stream = torch.cuda.Stream() if DEVICE == "cuda" else None
-    kernels = TritonLanguageKernels(num_processors=16, pdl=PDL, side_stream=side_stream)
-    base = kernels.linear(problem.x, weight, problem.bias)
-    expected = base.clone()
-    add_lora(expected, problem.x, problem.bias, problem.layer, problem.rows, pdl=PDL)
-    assert not torch.equal(base, expected)
-    found = kernels.linear_lora(problem.x, weight, problem.bias, problem.layer, problem.rows)
-    assert torch.equal(found, expected)
+    return TritonLanguageKernels(num_processors=16, pdl=PDL, side_stream=side_stream)
+
+
+# From one kernel's rows to the other's: 8 and fewer, then products that updates join, then cuBLAS.
+@pytest.mark.parametrize("num_rows", [5, 9, 64, 70])
+@pytest.mark.parametrize("dtype", DTYPES)
+def test_a_linear_layer_with_updates(dtype: torch.dtype, num_rows: int) -> None:
+    """On a GPU part of it runs on a stream of its own, or beside the product."""
+    problem = layer_problem(num_rows, (128, 64, 64), dtype, gained=(0,), with_bias=True)
+    weight = layer_weight(problem)
+    found = make_kernels().linear_lora(problem.x, weight, problem.bias, problem.layer, problem.rows)
+    assert_close(found, updated(problem, weight))
+
+
+@pytest.mark.parametrize("part_sizes", [(64, 64), (48, 48)], ids=["tiles", "other sizes"])
+@pytest.mark.parametrize("num_rows", [17, 100])
+@pytest.mark.parametrize("dtype", HALF_DTYPES)
+def test_silu_of_a_layer_with_updates(dtype: torch.dtype, num_rows: int, part_sizes: tuple[int, ...]) -> None:
+    problem = layer_problem(num_rows, part_sizes, dtype, gained=(3,))
+    problem = replace(problem, x=problem.x * 0.1)
+    weight = layer_weight(problem)
+    found = make_kernels().linear_lora_silu_and_mul(problem.x, weight, None, problem.layer, problem.rows)
+    gate, up = updated(problem, weight).chunk(2, -1)
+    assert_close(found, torch.nn.functional.silu(gate) * up, 2 * MAX_ERRORS[dtype])
+
+
+@pytest.mark.parametrize("gained", [(), (0, 3)])
+@pytest.mark.parametrize("num_rows", [5, 17, 70])
+@pytest.mark.parametrize("dtype", HALF_DTYPES)
+def test_norm_after_a_layer_with_updates(dtype: torch.dtype, num_rows: int, gained: tuple[int, ...]) -> None:
+    problem = layer_problem(num_rows, (128,), dtype, gained=gained)
+    weight = layer_weight(problem)
+    residual = random_tensor(num_rows, 128, dtype=dtype, seed=2)
+    norm = random_tensor(128, dtype=dtype, seed=3)
+    total = residual.double() + updated(problem, weight)
+    found = make_kernels().linear_lora_add_rms_norm(
+        problem.x, weight, None, residual, norm, 1e-5, problem.layer, problem.rows
+    )
+    assert_close(residual, total)
+    scale = (total.square().mean(-1, keepdim=True) + 1e-5).rsqrt()
+    assert_close(found, total * scale * norm.double(), 2 * MAX_ERRORS[dtype])
+
+
+def test_a_product_that_updates_join_keeps_every_bit_of_rows_without_slots() -> None:
+    problem = make_problem(
+        torch.zeros(1, 18, 4), ranks=RANKS, part_sizes=(128,), dtype=torch.float16, device=DEVICE
+    )
+    weight, kernels = layer_weight(problem), make_kernels()
+    found = kernels.linear_lora(problem.x, weight, None, problem.layer, problem.rows)
+    assert torch.equal(found, kernels.linear(problem.x, weight))
 
 
 def test_operands_that_do_not_fit_are_refused() -> None:

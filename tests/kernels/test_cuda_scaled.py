@@ -2,12 +2,16 @@
 
 from __future__ import annotations
 
+from dataclasses import replace
+
 import pytest
 import torch
 
 from tests.kernels.cuda_cases import HALF_DTYPES, INTERPRETED, PDL, assert_close, poisoned, random_tensor
-from trident_llm.kernels.packed_bytes import BLOCK, PackedBytes, pack_bytes
+from trident_llm.kernels.packed_bytes import BLOCK, PackedBytes, pack_bytes, pack_quantized
+from trident_llm.kernels.packed_weight import PackedWeight
 from trident_llm.kernels.quantize_rows import QuantizedRows, quantize_rows
+from trident_llm.kernels.quantized_linear import QuantizedLinear
 from trident_llm.kernels.quantized_weight import QuantizedWeight
 from trident_llm.kernels.scaled_matmul import ScaledConfig, scaled_matmul
 
@@ -38,6 +42,17 @@ def test_packing_keeps_every_code(codes: torch.dtype) -> None:
     weight = random_weight((70, 576), codes)
     packed = pack_bytes(weight)
     torch.testing.assert_close(in_order(packed.codes, 576) * packed.scales[:, None], weight.dequantize())
+
+
+def test_zero_points_are_not_lost() -> None:
+    """Checkpoints may have them beside 8-bit activations, for which there is no layout with zero points."""
+    weight = random_weight((64, 256), torch.int8)
+    weight = replace(weight, zero_points=torch.full_like(weight.zero_points, 90))
+    packed = pack_quantized(weight)
+    assert isinstance(packed, PackedWeight)
+    x = random_tensor(20, 256, dtype=torch.float16)
+    found = QuantizedLinear(pdl=PDL, use_asm=not INTERPRETED).linear(x, packed, None)
+    assert_close(found, x.double() @ weight.dequantize().double().T)
 
 
 @pytest.mark.parametrize("codes", CODES, ids=str)

@@ -5,10 +5,12 @@ from __future__ import annotations
 import pytest
 import torch
 
+from tests.fakes.lora_problems import make_problem, mixed_weights
 from tests.fakes.paged_steps import Chunk, PagedSteps
 from tests.kernels.cuda_cases import assert_close, random_tensor
 from trident_llm.kernels import reference
 from trident_llm.kernels.layer_cache import LayerCache
+from trident_llm.kernels.lora import add_lora
 from trident_llm.kernels.triton_language import TritonLanguageKernels
 
 pytestmark = pytest.mark.gpu
@@ -60,3 +62,42 @@ def test_a_captured_decode_step_serves_other_contexts_and_smaller_batches() -> N
         graph.replay()
         assert_close(out[:rows], expected, max_error=2e-2)
         assert_close(cache, expected_cache)
+
+
+def test_products_that_updates_join_read_what_the_kernel_before_the_last_wrote() -> None:
+    """They begin beside the kernel that makes the updates' first half: rows of an earlier replay would show."""
+    size, layers = 4096, []
+    problem = make_problem(
+        mixed_weights(64, 4), ranks=(16, 8, 0, 24), part_sizes=(size,), num_inputs=size, dtype=torch.bfloat16,
+        device=DEVICE,
+    )  # fmt: skip
+    problem.layer.a.mul_(0.05)
+    problem.layer.b.mul_(0.05)
+    kernels_on_gpu = TritonLanguageKernels.for_device(torch.device(DEVICE))
+    for index in range(6):
+        layers.append(random_tensor(size, size, dtype=torch.bfloat16, seed=index, scale=size**-0.5))
+    norm = torch.ones(size, dtype=torch.bfloat16, device=DEVICE)
+    x = problem.x.clone()
+
+    def chain(joined: bool) -> torch.Tensor:
+        residual = x.clone()
+        hidden = kernels_on_gpu.rms_norm(residual, norm, 1e-5)
+        for weight in layers:
+            operands = (hidden, weight, None, residual, norm, 1e-5)
+            if joined:
+                hidden = kernels_on_gpu.linear_lora_add_rms_norm(*operands, problem.layer, problem.rows)
+            else:
+                product = kernels_on_gpu.linear(hidden, weight)
+                add_lora(product, hidden, None, problem.layer, problem.rows)
+                hidden = kernels_on_gpu.fused_add_rms_norm(product, residual, norm, 1e-5)
+        return hidden
+
+    chain(True)
+    torch.cuda.synchronize()
+    graph = torch.cuda.CUDAGraph()
+    with torch.cuda.graph(graph):
+        out = chain(True)
+    for seed in range(20):
+        x.copy_(random_tensor(64, size, dtype=torch.bfloat16, seed=100 + seed))
+        graph.replay()
+        assert_close(out, chain(False), 0.03)

@@ -2,9 +2,11 @@
 
 from __future__ import annotations
 
+import re
 import subprocess
 from dataclasses import replace
 from pathlib import Path
+from typing import Any
 
 import pytest
 import torch
@@ -84,12 +86,62 @@ def test_matrix_instructions_of_prefill_attention_overlap(
     cache = LayerCache(torch.empty(steps.num_blocks, 16, 2, 8, 128, dtype=torch.bfloat16))
     KERNELS.paged_attention(torch.empty(200, 32, 128, dtype=torch.bfloat16), cache, plan, 0.1)
     assert ("_combine_prefill_splits_kernel" in hopper.machine_code) == long_contexts
-    cubin = tmp_path / "kernel.cubin"
-    cubin.write_bytes(hopper.machine_code["_prefill_attention_kernel"])
-    tool = Path(triton.backends.nvidia.__file__).parent / "bin" / "nvdisasm"
-    code = subprocess.run([tool, "-c", cubin], capture_output=True, text=True, check=True).stdout
+    code = machine_code(hopper, "_prefill_attention_kernel", tmp_path)
     assert code.count("HGMMA") >= 16
     assert code.count("WARPGROUP.DEPBAR") < code.count("HGMMA") // 2
+
+
+@pytest.mark.parametrize(
+    ("heads", "block_size", "dtype"),
+    [(32, 16, torch.bfloat16), (32, 16, torch.float16), (64, 32, torch.bfloat16)],
+)
+def test_warps_of_prefill_attention_on_hopper_have_their_duties(
+    hopper: FakeHopperDriver, tmp_path: Path, heads: int, block_size: int, dtype: torch.dtype
+) -> None:
+    """Registers move to the attending warps, none is spilled, and exponentials run beside matrix instructions."""
+    kernels = TritonLanguageKernels(num_processors=132, pdl=True, hopper=True)
+    steps = PagedSteps(1, max_len=256, block_size=block_size)
+    plan = kernels.plan_attention(steps.metadata([Chunk(0, 0, 200)]), dtype=dtype)
+    cache = LayerCache(torch.empty(steps.num_blocks, block_size, 2, 8, 128, dtype=dtype))
+    kernels.paged_attention(torch.empty(200, heads, 128, dtype=dtype), cache, plan, 0.1)
+    [(name, _, shared)] = hopper.compiled
+    assert name == "_hopper_prefill_attention_kernel"
+    assert shared <= 227 * 1024
+    assert_no_stack(hopper, name, tmp_path)
+    code = machine_code(hopper, name, tmp_path)
+    assert "USETMAXREG.TRY_ALLOC.CTAPOOL UP0, 0xe8" in code
+    # Q for two groups of warps; a block of K and of V each, in rows of 64 elements.
+    assert code.count("UTMALDG.3D") == 2 * 2
+    assert code.count("UTMALDG.2D") == 2 * 2 * 128 // block_size
+    # By group: first scores, two loops with scores and output, last output.
+    waits = re.findall(r"WARPGROUP.DEPBAR.LE gsb0, (0x\d)|(MUFU.EX2)", code)
+    order = "".join(number[-1] if number else "e" for number, _ in waits)
+    exponentials = "e" * 66
+    loop = f"1{exponentials}0"
+    assert order == f"0{exponentials}{loop}{loop}0" * 2
+
+
+@pytest.mark.parametrize(
+    "changed",
+    [{"soft_cap": 30.0}, {"sliding_window": 64}, {"block_size": 24}, {"head_dim": 64}, {"heads": 40},
+     {"cache_dtype": torch.int8}, {"dtype": torch.float32}],
+    ids=str,
+)  # fmt: skip
+def test_other_prompts_on_hopper_keep_the_kernel_for_all_devices(
+    hopper: FakeHopperDriver, changed: dict[str, Any]
+) -> None:
+    case = {"soft_cap": None, "sliding_window": None, "block_size": 16, "head_dim": 128, "heads": 32,
+            "dtype": torch.bfloat16} | changed  # fmt: skip
+    kernels = TritonLanguageKernels(num_processors=132, pdl=True, hopper=True)
+    steps = PagedSteps(1, max_len=480, block_size=case["block_size"])
+    metadata = steps.metadata([Chunk(0, 0, 200)])
+    plan = kernels.plan_attention(metadata, dtype=case["dtype"], sliding_window=case["sliding_window"])
+    cache_dtype = case.get("cache_dtype", case["dtype"])
+    values = torch.empty(steps.num_blocks, case["block_size"], 2, 8, case["head_dim"], dtype=cache_dtype)
+    cache = LayerCache(values, torch.empty(values.shape[:-1]) if cache_dtype in SCALED_LIMITS else None)
+    q = torch.empty(200, case["heads"], case["head_dim"], dtype=case["dtype"])
+    kernels.paged_attention(q, cache, plan, 0.1, case["soft_cap"])
+    assert [name for name, _, _ in hopper.compiled] == ["_prefill_attention_kernel"]
 
 
 @pytest.mark.parametrize("num_rows", [1, 4, 8, 64])
@@ -99,6 +151,14 @@ def test_linear(hopper: FakeHopperDriver, num_rows: int, num_inputs: int) -> Non
     KERNELS.linear(x, weight)
     KERNELS.linear_silu_and_mul(x, weight)
     assert hopper.compiled
+
+
+def machine_code(hopper: FakeHopperDriver, name: str, folder: Path) -> str:
+    """A kernel's instructions."""
+    cubin = folder / "kernel.cubin"
+    cubin.write_bytes(hopper.machine_code[name])
+    tool = Path(triton.backends.nvidia.__file__).parent / "bin" / "nvdisasm"
+    return subprocess.run([tool, "-c", cubin], capture_output=True, text=True, check=True).stdout
 
 
 def empty_weight(
@@ -133,10 +193,7 @@ def test_words_of_few_rows_go_straight_to_the_matrix_instruction(hopper: FakeHop
     KERNELS.linear(torch.empty(1, 4096, dtype=torch.bfloat16), KERNELS.pack_linear(empty_weight(512, 4096, 4)))
     [(name, _, shared)] = hopper.compiled
     assert shared <= 4 * 16 * 8 * 4
-    cubin = tmp_path / "kernel.cubin"
-    cubin.write_bytes(hopper.machine_code[name])
-    tool = Path(triton.backends.nvidia.__file__).parent / "bin" / "nvdisasm"
-    code = subprocess.run([tool, "-c", cubin], capture_output=True, text=True, check=True).stdout
+    code = machine_code(hopper, name, tmp_path)
     # 16 blocks of 256 inputs over 4 warps, 16 outputs: two loads of 16 bytes a block and row half.
     assert code.count("LDG.E.EF.128") == 4 * 4
     assert code.count("HMMA.16816") == 4 * 16
@@ -185,11 +242,43 @@ def test_lora(hopper: FakeHopperDriver, part_sizes: tuple[int, ...], dtype: torc
     layer = allocate_lora_layer(
         part_sizes, 4096, first_target=0, num_slots=2, max_rank=64, dtype=dtype, device=CPU
     )
-    rows = LoraRows(weights=torch.zeros(1, 20, 2), tile_slots=torch.full((2, 2), -1, dtype=torch.int32))
+    rows = LoraRows(weights=torch.zeros(1, 20, 2), tile_slots=torch.full((3, 2), -1, dtype=torch.int32))
     x, y = torch.empty(20, 4096, dtype=dtype), torch.empty(20, sum(part_sizes), dtype=dtype)
     for bias in (None, y[0]):
         add_lora(y, x, bias, layer, rows, pdl=True)
     assert {name for name, _, _ in hopper.compiled} == {"_shrink_kernel", "_expand_kernel"}
+
+
+@pytest.mark.parametrize(
+    ("part_sizes", "num_rows"),
+    [
+        ((4096, 1024, 1024), 16), ((4096, 1024, 1024), 64), ((14336, 14336), 16), ((14336, 14336), 64),
+        ((14336, 14336), 100), ((4096,), 16), ((4096,), 64), ((4096,), 100),
+    ],
+)  # fmt: skip
+def test_products_that_updates_join(
+    hopper: FakeHopperDriver, tmp_path: Path, part_sizes: tuple[int, ...], num_rows: int
+) -> None:
+    """Two kernels, one with the norm that follows, and no register in memory."""
+    num_inputs, num_outputs = (4096, sum(part_sizes)) if len(part_sizes) > 1 else (14336, 4096)
+    layer = allocate_lora_layer(
+        part_sizes, num_inputs, first_target=0, num_slots=32, max_rank=16, dtype=torch.bfloat16, device=CPU
+    )
+    tiles = torch.full((1 - (-num_rows // 16), 32), -1, dtype=torch.int32)
+    rows = LoraRows(weights=torch.zeros(1, num_rows, 32), tile_slots=tiles)
+    x = torch.empty(num_rows, num_inputs, dtype=torch.bfloat16)
+    weight = torch.empty(num_outputs, num_inputs, dtype=torch.bfloat16)
+    if len(part_sizes) == 3:
+        KERNELS.linear_lora(x, weight, None, layer, rows)
+    elif len(part_sizes) == 2:
+        KERNELS.linear_lora_silu_and_mul(x, weight, None, layer, rows)
+    else:
+        residual = torch.empty(num_rows, num_outputs, dtype=torch.bfloat16)
+        KERNELS.linear_lora_add_rms_norm(x, weight, None, residual, residual[0], 1e-5, layer, rows)
+    names = [name for name, _, _ in hopper.compiled]
+    assert names[:2] == ["_shrink_kernel", "_skinny_matmul_kernel"]
+    assert names[2:] == (["_rms_norm_kernel"] if len(part_sizes) == 1 else [])
+    assert_no_stack(hopper, "_skinny_matmul_kernel", tmp_path)
 
 
 def test_elementwise(hopper: FakeHopperDriver) -> None:

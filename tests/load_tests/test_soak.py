@@ -12,7 +12,7 @@ from typing import Any
 
 import pytest
 
-from load_tests.soak_requests import Load, WrongAnswer
+from load_tests.soak_load import Load, WrongAnswer
 from load_tests.soak_sample import Sample, count_checks, memory_checks, table
 from tests.fakes.fake_triton import Answer, Break, Fail, FakeTriton
 from trident_client import EngineFailed
@@ -88,7 +88,7 @@ def test_a_load_counts_what_went_wrong() -> None:
                 for answer in answers:
                     error = {Fail: EngineFailed, Break: EngineFailed}.get(type(answer), WrongAnswer)
                     with pytest.raises(error):
-                        await load._ask("hello", {"max_tokens": 1}, stream=True)
+                        await load.ask("hello", {"max_tokens": 1}, stream=True)
                 server.script = [Fail("[INTERNAL] it broke")]
                 await load._live.acquire()
                 await load._send("shared", load._rng)

@@ -9,7 +9,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from ..errors import BadRequest, LoadFailed, TridentError
+from ..errors import BadRequest, LoadFailed, TridentError, known_error
 from .adapter import Adapter
 from .adapter_file import WEIGHTS_FILE, AdapterWeights, check_not_pickled
 from .classifier import Classifier, read_classifier
@@ -111,9 +111,7 @@ class MixStore:
                 load.reply.set_result(self._finish(load).describe())
             except Exception as error:
                 self._journal.remove(load.copied.generation)
-                if not isinstance(error, TridentError):
-                    error = LoadFailed(f"mix {load.name!r}: {type(error).__name__}: {error}")
-                load.reply.set_exception(error)
+                load.reply.set_exception(known_error(error, LoadFailed, f"mix {load.name!r}: "))
         self._free_unused()
 
     def entries(self) -> list[JournalEntry]:

@@ -21,7 +21,7 @@ class HostRows:
     weights: NDArray[np.float32]
     """[N, S]; 0 where they are found per token."""
     tile_slots: NDArray[np.int32]
-    """[ceil(N / TILE_ROWS), S]."""
+    """[1 + ceil(N / TILE_ROWS), S]."""
     runs: tuple[SlotRun, ...]
 
     def to_rows(self) -> LoraRows:
@@ -50,7 +50,8 @@ def host_rows(blends: Sequence[Blend | MixUse | None], lengths: Sequence[int], n
             else:
                 open_runs[slot, term.weight] = len(runs)
                 runs.append(SlotRun(slot, start, end, term.weight))
-    tile_slots = np.full((len(tiles), num_slots), -1, dtype=np.int32)
-    for row, slots in zip(tile_slots, tiles, strict=True):
+    tile_slots = np.full((1 + len(tiles), num_slots), -1, dtype=np.int32)
+    for row, slots in zip(tile_slots[1:], tiles, strict=True):
         row[: len(slots)] = list(slots)
+        tile_slots[0, row[: len(slots)]] = row[: len(slots)]
     return HostRows(weights, tile_slots, tuple(runs))

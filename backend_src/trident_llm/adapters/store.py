@@ -14,7 +14,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, TypeVar
 
-from ..errors import BadRequest, LoadFailed, NotFound, TridentError
+from ..errors import BadRequest, LoadFailed, NotFound, TridentError, known_error
 from .adapter import Adapter, Blend, BlendTerm
 from .adapter_file import WEIGHTS_FILE, AdapterTarget, AdapterWeights, check_not_pickled, read_adapter
 from .device_slots import DeviceSlots
@@ -239,9 +239,7 @@ class AdapterStore:
             weights, digest = load.read.result()
         except Exception as error:
             self._journal.remove(load.copied.generation)
-            if not isinstance(error, TridentError):
-                error = LoadFailed(f"adapter {load.name!r}: {type(error).__name__}: {error}")
-            load.reply.set_exception(error)
+            load.reply.set_exception(known_error(error, LoadFailed, f"adapter {load.name!r}: "))
             return
         if self.mixes.has(load.name):
             self._journal.remove(load.copied.generation)

@@ -184,9 +184,10 @@ class CudaRunner:
         }
 
     def _adapter_values(self, step: FlatStep) -> dict[str, Any]:
-        num_slots = self._num_adapter_slots if step.uses_adapters else 0
-        tokens = host_rows(step.blends, step.seq_lens_q, num_slots)
-        rows = host_rows(step.row_blends, [1] * len(step.row_blends), num_slots)
+        if not step.uses_adapters:
+            return {}
+        tokens = host_rows(step.blends, step.seq_lens_q, self._num_adapter_slots)
+        rows = host_rows(step.row_blends, [1] * len(step.row_blends), self._num_adapter_slots)
         return {
             "adapter_weights": tokens.weights.reshape(-1),
             "adapter_tiles": tokens.tile_slots.reshape(-1),

@@ -12,23 +12,20 @@ from collections.abc import Callable, Iterable, Mapping
 from concurrent.futures import Future
 from dataclasses import dataclass
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
-import torch
-
-from ..adapters.commands import AdapterCommands
-from ..adapters.sources import AdapterSources
-from ..commands import ADAPTER_COMMANDS
 from ..config import EngineConfig
 from ..errors import BadRequest, Overloaded, TridentError
 from ..protocol import Delta, FinishReason, Submit, Welcome
 from ..quantization.live_text import LiveText
+from . import runners
 from .admission import Admission
+from .background import Background
 from .block_events import AllocateCallback, BlockEvents, BlockTotals, EvictCallback, FreeCallback, FreeReason
-from .host_tier import HostTier, TransferCosts
+from .deltas import error_delta, token_delta
 from .jobs import Jobs
 from .loading import BuiltDecoder, LoadedModel, load_model
-from .model_runner import ModelRunner, SampledToken, StepResult
+from .model_runner import SampledToken, StepResult
 from .paired_blocks import PairedBlocks
 from .queue_limit import QueueLimit
 from .requantize import Journal, Requantizer
@@ -36,11 +33,6 @@ from .request_metrics import RequestMetrics
 from .scheduler import Scheduler, SchedulerOutput
 from .sequence import Sequence
 from .statistics import memory, statistics
-from .weight_commands import WeightCommands
-
-if TYPE_CHECKING:
-    from .cuda_runner import CudaRunner
-
 
 logger = logging.getLogger(__name__)
 
@@ -85,19 +77,16 @@ class EngineCore:
             config, progress or (lambda text: None), adapter_folder, kept_digest=kept_digest
         )
         self.adapters = self.model.adapters
-        self._adapter_commands = AdapterCommands(
-            self.adapters, AdapterSources(config.adapter_root, config.allow_hub_adapters)
-        )
         self._events = BlockEvents()
         self.block_totals = BlockTotals(self._events)
         self._events.subscribe(on_allocate=on_allocate, on_free=on_free, on_evict=on_evict)
-        self.runner = _make_runner(self.model, config, progress or (lambda text: None))
+        self.runner = runners.make_runner(self.model, config, progress or (lambda text: None))
         self.blocks = PairedBlocks(
             self.model.kv_cache.num_blocks,
             config.block_size,
             prefix_caching=config.prefix_caching,
             events=self._events,
-            host_tier=_make_host_tier(self.model, config, self.runner.transfer_costs),
+            host_tier=runners.make_host_tier(self.model, config, self.runner.transfer_costs),
         )
         self.scheduler = Scheduler(
             self.blocks,
@@ -107,17 +96,15 @@ class EngineCore:
             slots=self.adapters.slots if self.adapters else None,
         )
         self._queue_limit = QueueLimit(lambda: self.config, self.scheduler)
-        self._requantizer = Requantizer(
+        requantizer = Requantizer(
             config, self.model, self.runner, self.scheduler, is_idle=lambda: self._in_flight is None,
             journal=journal, on_changed=self._serves_now,
         )  # fmt: skip
-        self._weight_commands = WeightCommands(
-            self._requantizer, lambda: self.config, self.model.source.quantization
-        )
+        self._background = Background(lambda: self.config, self.model, requantizer)
         self._admission = Admission(self.model, config, self.blocks)
         self._requests: dict[str, dict[int, Sequence]] = {}
         self._eos_ids = frozenset(self.model.config.eos_token_ids)
-        self._lookahead = _runs_on_gpu(self.model.device) if lookahead is None else lookahead
+        self._lookahead = runners.runs_on_gpu(self.model.device) if lookahead is None else lookahead
         self._in_flight: _InFlight | None = None
         self.on_launch: Callable[[Iterable[str]], None] = lambda request_ids: None
         """Called with the requests of each step before it is launched, and ``on_complete`` when that step has ended."""
@@ -186,20 +173,17 @@ class EngineCore:
 
     def run_command(self, command: str, arguments: Mapping[str, Any]) -> Future[dict[str, Any]]:
         """Begin one of ``commands``; ``poll`` and ``step`` bring its end."""
-        commands = self._adapter_commands if command in ADAPTER_COMMANDS else self._weight_commands
-        return commands.run(command, arguments)
+        return self._background.run(command, arguments)
 
     @property
     def is_loading(self) -> bool:
         """Whether ``poll`` will soon have something to do."""
-        return self._requantizer.is_busy or (self.adapters is not None and self.adapters.is_busy)
+        return self._background.is_busy
 
     def poll(self) -> list[Delta]:
         """Take over what other threads have finished; returns errors of requests that lost their adapters."""
-        lost = self.adapters.poll() if self.adapters else []
-        self._requantizer.poll()
         deltas: list[Delta] = []
-        for adapter, error in lost:
+        for adapter, error in self._background.poll():
             samples = [seq for request in self._requests.values() for seq in request.values()]
             for seq in samples:
                 if adapter in seq.adapters and seq in self.scheduler.waiting:
@@ -253,12 +237,12 @@ class EngineCore:
     @property
     def jobs(self) -> Jobs:
         """Those that give the model other weights."""
-        return self._requantizer.jobs
+        return self._background.jobs
 
     @property
     def live_text(self) -> LiveText:
         """What ``calibrate`` has collected."""
-        return self._weight_commands.live_text
+        return self._background.live_text
 
     def check_integrity(self) -> None:
         """Raise AssertionError unless queues, sequences and blocks agree."""
@@ -269,9 +253,7 @@ class EngineCore:
 
     def close(self) -> None:
         """End its threads."""
-        self._requantizer.close()
-        if self.adapters:
-            self.adapters.close()
+        self._background.close()
 
     @property
     def num_places(self) -> int:
@@ -298,19 +280,7 @@ class EngineCore:
             self.scheduler.finish(seq)
             self.request_metrics.finished(seq)
             self._forget(seq)
-        return Delta(
-            request_id=seq.request_id,
-            sample_index=seq.sample_index,
-            offset=seq.num_output_tokens - 1,
-            token_ids=[token.token_id],
-            logprobs=None if token.logprobs is None else [token.logprobs],
-            finish_reason=reason,
-            stopped_by_token=stopped,
-            num_cached_tokens=seq.num_cached_tokens,
-            adapter=seq.blend.spec if seq.blend and seq.num_output_tokens == 1 else "",
-            started_at=seq.started_at if seq.num_output_tokens == 1 else 0.0,
-            scalings=_named(seq, token.scalings),
-        )
+        return token_delta(token, reason, stopped=stopped)
 
     def _expired(self) -> list[Delta]:
         """Errors for requests that waited longer than queue_timeout."""
@@ -323,14 +293,7 @@ class EngineCore:
     def _end_with_error(self, seq: Sequence, error: TridentError) -> Delta:
         """For a sequence that the scheduler has let go of."""
         self._forget(seq)
-        return Delta(
-            request_id=seq.request_id,
-            sample_index=seq.sample_index,
-            offset=seq.num_output_tokens,
-            token_ids=[],
-            finish_reason="error",
-            error=str(error),
-        )
+        return error_delta(seq, error)
 
     def _serves_now(self, config: EngineConfig, built: BuiltDecoder) -> None:
         """The weights have changed."""
@@ -349,43 +312,3 @@ class EngineCore:
         del samples[seq.sample_index]
         if not samples:
             del self._requests[seq.request_id]
-
-
-def _named(seq: Sequence, scalings: list[list[float]] | None) -> dict[str, list[float]] | None:
-    """By adapter."""
-    if scalings is None:
-        return None
-    columns = zip(*scalings, strict=True)
-    return {adapter.name: list(column) for adapter, column in zip(seq.adapters, columns, strict=True)}
-
-
-def _make_runner(
-    model: LoadedModel, config: EngineConfig, progress: Callable[[str], None]
-) -> ModelRunner | CudaRunner:
-    if not _runs_on_gpu(model.device):
-        return ModelRunner(
-            model.decoder, model.kv_cache, device=model.device, num_adapter_slots=config.num_adapter_slots
-        )
-    from .cuda_runner import CudaRunner
-
-    return CudaRunner(
-        model.decoder,
-        model.kv_cache,
-        device=model.device,
-        max_num_seqs=config.max_num_seqs,
-        max_num_batched_tokens=config.max_num_batched_tokens,
-        max_model_len=model.max_model_len,
-        num_host_blocks=model.num_host_blocks,
-        num_adapter_slots=config.num_adapter_slots,
-        # Steps with a mix that is loaded later run without graphs.
-        captures_mixes=bool(config.xlora) and config.routing_method == "learned",
-        progress=progress,
-    )
-
-
-def _make_host_tier(model: LoadedModel, config: EngineConfig, costs: TransferCosts | None) -> HostTier | None:
-    return None if costs is None else HostTier(model.num_host_blocks, config.block_size, costs)
-
-
-def _runs_on_gpu(device: torch.device) -> bool:
-    return device.type == "cuda"

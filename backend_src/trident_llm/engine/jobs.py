@@ -8,7 +8,7 @@ from collections import OrderedDict
 from dataclasses import dataclass, field
 from typing import Any
 
-from ..errors import EngineFailed, NotFound, TridentError
+from ..errors import EngineFailed, NotFound, known_error
 from ..metrics_catalog import JOB_ENDS
 
 _KEPT = 32
@@ -41,8 +41,7 @@ class Job:
         self._end("done")
 
     def fail(self, error: Exception) -> None:
-        known = error if isinstance(error, TridentError) else EngineFailed(f"{type(error).__name__}: {error}")
-        self.error = str(known)
+        self.error = str(known_error(error, EngineFailed))
         self._end("failed")
 
     def describe(self) -> dict[str, Any]:

@@ -66,7 +66,7 @@ def _no_adapters(num_tokens: int, num_rows: int, num_slots: int, device: torch.d
         return None
 
     def rows(count: int) -> LoraRows:
-        tiles = torch.full((num_tiles(count), num_slots), -1, dtype=torch.int32, device=device)
+        tiles = torch.full((1 + num_tiles(count), num_slots), -1, dtype=torch.int32, device=device)
         return LoraRows(torch.zeros(1, count, num_slots, device=device), tiles)
 
     return StepAdapters(rows(num_tokens), rows(num_rows))

@@ -150,7 +150,7 @@ class MixPass:
         assert plan.step is not None
         num_rows = len(plan.step.token_ids)
         weights = torch.zeros(1, num_rows, self._num_slots, device=self._device)
-        runs, tiles = [], np.full((num_tiles(num_rows), self._num_slots), -1, dtype=np.int32)
+        runs, tiles = [], np.full((1 + num_tiles(num_rows), self._num_slots), -1, dtype=np.int32)
         for part in plan.parts:
             mix, start, end = part.use.mix, part.base_row, part.base_row + part.num_scaled
             if not part.num_scaled or not mix.config.pass_scaling:
@@ -160,7 +160,8 @@ class MixPass:
             slots = _slots(mix)
             weights[0, start:end, slots] = scalings[0, 0] * part.use.factor
             runs += [SlotRun(slot, start, end, None) for slot in slots]
-            for tile in tiles[start // TILE_ROWS : num_tiles(end)]:
+            tiles[0, slots] = slots
+            for tile in tiles[1 + start // TILE_ROWS : 1 + num_tiles(end)]:
                 used = [*tile[tile >= 0], *(slot for slot in slots if slot not in tile)]
                 tile[: len(used)] = used
         return LoraRows(weights, torch.from_numpy(tiles).to(self._device), tuple(runs))

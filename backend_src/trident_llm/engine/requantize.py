@@ -20,7 +20,7 @@ import psutil
 import torch
 
 from ..config import EngineConfig
-from ..errors import Cancelled, EngineFailed, LoadFailed, Overloaded, TridentError
+from ..errors import Cancelled, EngineFailed, LoadFailed, Overloaded, known_error
 from ..quantization.loading import Quantization
 from ..quantization.workspace import bytes_to_build
 from ..run_directory import Requantized
@@ -116,8 +116,7 @@ class Requantizer:
         try:
             yield from self._in_thread(functools.partial(self._read_text, wanted, quantization))
         except Exception as error:
-            known = error if isinstance(error, TridentError) else LoadFailed(f"{type(error).__name__}: {error}")
-            reply.set_exception(known)
+            reply.set_exception(known_error(error, LoadFailed))
             return
         job = self.jobs.begin(wanted.command)
         reply.set_result(job.describe())

@@ -22,7 +22,7 @@ _TOKEN_FIELDS = {"token_ids": "int64", "positions": "int64", "slots": "int64", "
 _SEQ_FIELDS = {"context_lens": "int32", "cu_seqlens_q": "int32", "seq_counts": "int32"}
 _ROW_FIELDS = {"logits_rows": "int64"}
 _ADAPTER_FIELDS = {"adapter_weights": "float32", "adapter_tiles": "int32", "adapter_row_tiles": "int32"}
-"""See LoraRows: weights of the tokens, and the slots of each tile of tokens and of rows."""
+"""See LoraRows: weights of the tokens, and the slots of all and of each tile of tokens, and of rows."""
 _SAMPLE_FIELDS = {
     "seed": "int64",
     "sample_index": "int64",
@@ -60,8 +60,8 @@ class StepSizes:
             "cu_seqlens_q": self.num_seqs + 1,
             "seq_counts": 2,
             "adapter_weights": self.num_tokens * self.num_slots,
-            "adapter_tiles": num_tiles(self.num_tokens) * self.num_slots,
-            "adapter_row_tiles": num_tiles(self.num_rows) * self.num_slots,
+            "adapter_tiles": (1 + num_tiles(self.num_tokens)) * self.num_slots,
+            "adapter_row_tiles": (1 + num_tiles(self.num_rows)) * self.num_slots,
         }
         dtypes = {**_TOKEN_FIELDS, **_SEQ_FIELDS, **_ROW_FIELDS, **_SAMPLE_FIELDS, **_ADAPTER_FIELDS}
         return {name: (dtypes[name], length) for name, length in lengths.items()}

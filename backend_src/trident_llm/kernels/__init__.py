@@ -71,6 +71,24 @@ class Kernels(Protocol):
     ) -> Tensor:
         """``linear(x, weight, bias)`` plus what ``rows`` take of the updates in ``layer``."""
 
+    def linear_lora_silu_and_mul(
+        self, x: Tensor, weight: Any, bias: Tensor | None, layer: LoraLayer, rows: LoraRows
+    ) -> Tensor:
+        """``silu_and_mul(linear_lora(...))``, in one kernel where that is faster."""
+
+    def linear_lora_add_rms_norm(
+        self,
+        x: Tensor,
+        weight: Any,
+        bias: Tensor | None,
+        residual: Tensor,
+        norm_weight: Tensor,
+        eps: float,
+        layer: LoraLayer,
+        rows: LoraRows,
+    ) -> Tensor:
+        """``fused_add_rms_norm(linear_lora(...), residual, norm_weight, eps)``, likewise."""
+
     def plan_attention(
         self, metadata: AttentionMetadata, *, dtype: torch.dtype, sliding_window: int | None = None
     ) -> Any:

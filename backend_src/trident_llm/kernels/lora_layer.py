@@ -30,7 +30,7 @@ class LoraLayer:
     a: Tensor
     """[S, P, R, in]."""
     b: Tensor
-    """[S, out, R], the adapter's scale included."""
+    """[S, out, R], the adapter's scale included. In memory [out, S, R]: a row of all slots' columns for an output."""
     gains: Tensor
     """[S, out] float32."""
     ranks: Tensor
@@ -81,7 +81,7 @@ def allocate_lora_layer(
     num_outputs = sum(part_sizes)
     return LoraLayer(
         a=torch.zeros(num_slots, len(part_sizes), max_rank, num_inputs, dtype=dtype, device=device),
-        b=torch.zeros(num_slots, num_outputs, max_rank, dtype=dtype, device=device),
+        b=torch.zeros(num_outputs, num_slots, max_rank, dtype=dtype, device=device).transpose(0, 1),
         gains=torch.zeros(num_slots, num_outputs, dtype=torch.float32, device=device),
         ranks=torch.zeros(num_slots, dtype=torch.int32, device=device),
         has_gains=torch.zeros(num_slots, dtype=torch.int32, device=device),
@@ -109,7 +109,8 @@ class LoraRows:
     weights: Tensor
     """[M, N, S] float32: M is 1 where all layers' parts take the same, else the number of parts in the model."""
     tile_slots: Tensor
-    """[ceil(N / TILE_ROWS), S] int32: the slots with a weight in a tile of rows, then -1."""
+    """[1 + ceil(N / TILE_ROWS), S] int32. First each slot that has a weight in any row, at its own place, and -1 at the
+    others'; then for each tile of rows the slots with a weight there, followed by -1."""
     runs: tuple[SlotRun, ...] = ()
     """The same on the host; empty where the step depends on its shape alone."""
 

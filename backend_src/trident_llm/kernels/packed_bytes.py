@@ -7,12 +7,13 @@ the kernel for very few rows reads this layout too.
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor
 
+from .packed_weight import PackedWeight, pack
 from .quantized_weight import QuantizedWeight
 
 BLOCK = 128
@@ -33,6 +34,18 @@ class PackedBytes:
     @property
     def nbytes(self) -> int:
         return self.codes.nbytes + self.scales.nbytes
+
+
+def pack_quantized(weight: QuantizedWeight) -> PackedWeight | PackedBytes:
+    """In the layout for products with 8-bit activations where there is one for it.
+
+    That has no zero points: a weight with some is packed for activations as they are, which loses nothing.
+    """
+    if weight.activations == "none":
+        return pack(weight)
+    if weight.activations == "int8" and bool((weight.zero_points != 128).any()):
+        return pack(replace(weight, activations="none"))
+    return pack_bytes(weight)
 
 
 def pack_bytes(weight: QuantizedWeight) -> PackedBytes:

@@ -26,6 +26,8 @@ __all__ = [
     "linear",
     "linear_add_rms_norm",
     "linear_lora",
+    "linear_lora_add_rms_norm",
+    "linear_lora_silu_and_mul",
     "linear_silu_and_mul",
     "pack_linear",
     "paged_attention",
@@ -76,6 +78,25 @@ def linear_lora(
     y = linear(x, weight, bias)
     add_lora(y, x, bias, layer, rows)
     return y
+
+
+def linear_lora_silu_and_mul(
+    x: Tensor, weight: Tensor | PackedWeight, bias: Tensor | None, layer: LoraLayer, rows: LoraRows
+) -> Tensor:
+    return silu_and_mul(linear_lora(x, weight, bias, layer, rows))
+
+
+def linear_lora_add_rms_norm(
+    x: Tensor,
+    weight: Tensor | PackedWeight,
+    bias: Tensor | None,
+    residual: Tensor,
+    norm_weight: Tensor,
+    eps: float,
+    layer: LoraLayer,
+    rows: LoraRows,
+) -> Tensor:
+    return fused_add_rms_norm(linear_lora(x, weight, bias, layer, rows), residual, norm_weight, eps)
 
 
 def rms_norm(x: Tensor, weight: Tensor, eps: float) -> Tensor:

@@ -1,7 +1,7 @@
 """Linear layers of a few dozen rows: the weight streams through the matrix units once. Bound by memory bandwidth.
 
 The weight is the left operand of the matrix instruction, so the few rows of x fill its short side instead of padding
-its long one. Knows nothing of the layer it serves.
+its long one. Low-rank updates of the layer are more columns of the same sums (``lora_updates``).
 """
 
 from __future__ import annotations
@@ -14,6 +14,7 @@ from torch import Tensor
 from triton.language.extra.cuda import gdc_launch_dependents, gdc_wait
 
 from .checks import HALF_DTYPES, check_dtype, check_last_contiguous, check_product, check_shape
+from .lora_updates import NO_UPDATES, Updates, add_updates, update_arguments, used_slots
 
 MAX_ROWS = 128
 _MIN_TILE_ROWS = 16
@@ -57,12 +58,21 @@ def _skinny_matmul_kernel(
     weight,  # [num_outputs, NUM_INPUTS]
     bias,  # [num_outputs]; unused unless HAS_BIAS
     out,  # [num_rows, num_outputs]; [NUM_SPLITS, num_rows, num_outputs] float32 with several splits
+    b,  # [layer_outputs, S, MAX_RANK]; this and what follows: see add_updates; unused unless UPDATES
+    gains,
+    has_gains,
+    weights,
+    tile_slots,
+    hidden,
     num_outputs,
     num_rows,
     stride_x,
     stride_weight,
     stride_out,
     stride_split,
+    layer_outputs,
+    stride_weights_part,
+    stride_weights_row,
     NUM_INPUTS: tl.constexpr,
     PADDED_ROWS: tl.constexpr,
     TILE_OUTPUTS: tl.constexpr,
@@ -73,6 +83,15 @@ def _skinny_matmul_kernel(
     HAS_BIAS: tl.constexpr,
     SILU: tl.constexpr,
     PDL: tl.constexpr,
+    UPDATES: tl.constexpr,
+    SIZE0: tl.constexpr,
+    SIZE1: tl.constexpr,
+    NUM_PARTS: tl.constexpr,
+    NUM_SLOTS: tl.constexpr,
+    MAX_RANK: tl.constexpr,
+    HIDDEN_SPLITS: tl.constexpr,
+    PADDED_SLOTS: tl.constexpr,
+    TILE_INNER: tl.constexpr,
 ):
     if PDL:
         gdc_launch_dependents()
@@ -87,6 +106,10 @@ def _skinny_matmul_kernel(
     in_range = outputs < num_outputs
     # Rows beyond the last read its values again: a mask on the weight would forbid asynchronous copies.
     weight_rows = tl.minimum(outputs, num_outputs - 1).to(tl.int64)[:, None] * stride_weight
+    first_output = tl.program_id(0) * TILE_OUTPUTS
+    if UPDATES:
+        # They are older than the step.
+        used, end_slot = used_slots(tile_slots, NUM_SLOTS, PADDED_SLOTS)
     if PDL:
         if PREFETCH > 0:
             ahead = begin + tl.arange(0, PREFETCH // 64) * 64
@@ -94,7 +117,9 @@ def _skinny_matmul_kernel(
             tl.inline_asm_elementwise(
                 "{ prefetch.global.L2 [$1]; mov.u32 $0, 0; }", "=r,l", [lines], dtype=tl.int32, is_pure=False, pack=1
             )
-        gdc_wait()
+        # Shrink lets this kernel begin when x is there.
+        if not UPDATES:
+            gdc_wait()
     x_mask = (rows < num_rows)[:, None]
     pointers = weight + weight_rows + columns[None, :]
     x_pointers = x + rows[:, None] * stride_x + columns[None, :]
@@ -117,6 +142,21 @@ def _skinny_matmul_kernel(
         acc = tl.dot(w, tl.trans(values), acc)
         if SILU:
             acc_up = tl.dot(up, tl.trans(values), acc_up)
+    if UPDATES:
+        if PDL:
+            gdc_wait()
+        adds = split == NUM_SPLITS - 1
+        acc = add_updates(
+            acc, used, end_slot, b, gains, has_gains, weights, hidden, first_output, adds, num_rows, layer_outputs,
+            stride_weights_part, stride_weights_row, SIZE0, SIZE1, NUM_PARTS, NUM_SLOTS, MAX_RANK, HIDDEN_SPLITS,
+            TILE_OUTPUTS, PADDED_ROWS, PADDED_SLOTS, TILE_INNER,
+        )  # fmt: skip
+        if SILU:
+            acc_up = add_updates(
+                acc_up, used, end_slot, b, gains, has_gains, weights, hidden, first_output + num_outputs, adds,
+                num_rows, layer_outputs, stride_weights_part, stride_weights_row, SIZE0, SIZE1, NUM_PARTS, NUM_SLOTS,
+                MAX_RANK, HIDDEN_SPLITS, TILE_OUTPUTS, PADDED_ROWS, PADDED_SLOTS, TILE_INNER,
+            )  # fmt: skip
     if SILU:
         # Rounded in between as two kernels would round: the fusion does not change the result.
         gate = acc.to(out.dtype.element_ty).to(tl.float32)
@@ -134,6 +174,7 @@ def skinny_matmul(
     *,
     bias: Tensor | None = None,
     silu_and_mul: bool = False,
+    updates: Updates | None = None,
     config: SkinnyConfig | None = None,
     pdl: bool = False,
 ) -> None:
@@ -141,8 +182,9 @@ def skinny_matmul(
 
     With ``config.num_splits`` above 1 out is [num_splits, T, out] float32, and its sum over the first dimension is the
     product; there is no bias then. silu_and_mul: weight is [2 * out, in], gate first, and out is silu(gate) * up, with
-    neither bias nor splits. bf16 or fp16, sums in float32. With pdl the weight must not be written by the kernel
-    launched just before.
+    neither bias nor splits. updates: low-rank ones, that the product comes with. bf16 or fp16, sums in float32. With
+    pdl the weight must not be written by the kernel launched just before; with updates that kernel must be their
+    ``shrink`` with pdl.
     """
     num_rows, num_inputs = x.shape
     num_outputs = out.shape[-1]
@@ -157,12 +199,14 @@ def skinny_matmul(
         check_last_contiguous(name, tensor)
     if not 1 <= num_rows <= MAX_ROWS:
         raise ValueError(f"x has {num_rows} rows; allowed: 1 to {MAX_ROWS}")
+    own = NO_UPDATES if updates is None else update_arguments(updates, num_rows, config.tile_outputs, x.dtype)
     _skinny_matmul_kernel[(triton.cdiv(num_outputs, config.tile_outputs), config.num_splits)](
-        x, weight, bias, out, num_outputs, num_rows, x.stride(0), weight.stride(0), out.stride(-2),
-        out.stride(0) if config.num_splits > 1 else 0,
+        x, weight, bias, out, num_outputs=num_outputs, num_rows=num_rows, stride_x=x.stride(0),
+        stride_weight=weight.stride(0), stride_out=out.stride(-2),
+        stride_split=out.stride(0) if config.num_splits > 1 else 0,
         NUM_INPUTS=num_inputs, PADDED_ROWS=max(_MIN_TILE_ROWS, triton.next_power_of_2(num_rows)),
         TILE_OUTPUTS=config.tile_outputs, TILE_INPUTS=config.tile_inputs, STAGES=config.num_stages,
         PREFETCH=config.prefetch, NUM_SPLITS=config.num_splits, HAS_BIAS=bias is not None, SILU=silu_and_mul, PDL=pdl,
-        num_warps=config.num_warps, **({"launch_pdl": True} if pdl else {}),
+        num_warps=config.num_warps, **own, **({"launch_pdl": True} if pdl else {}),
     )  # fmt: skip
 

@@ -18,12 +18,13 @@ from . import matrix_vector, skinny_matmul
 from .checks import HALF_DTYPES
 from .decode_attention import allocate_workspace, choose_num_splits, decode_attention
 from .layer_cache import LayerCache
-from .lora import add_lora, expand, shrink
+from .lora import add_lora, expand, joined_config, shrink
 from .lora_layer import LoraLayer, LoraRows
+from .lora_updates import Updates, takes_updates
 from .matrix_vector import matrix_vector as multiply_vector
-from .packed_bytes import PackedBytes, pack_bytes
+from .packed_bytes import PackedBytes, pack_quantized
 from .packed_linear import PackedLinear
-from .packed_weight import PackedWeight, pack
+from .packed_weight import PackedWeight
 from .prefill_attention import (
     PrefillWorkspace,
     allocate_prefill_workspace,
@@ -31,6 +32,7 @@ from .prefill_attention import (
     default_config,
     prefill_attention,
 )
+from .prefill_attention_hopper import prefill_attention_hopper, takes
 from .quantized_linear import QuantizedLinear
 from .quantized_rows import Rows
 from .quantized_weight import QuantizedWeight
@@ -104,16 +106,33 @@ def _streams_weight(x: Tensor, weight: Tensor, max_rows: int) -> bool:
     return x.dim() == 2 and 1 <= x.shape[0] <= max_rows and x.dtype in HALF_DTYPES and weight.dtype == x.dtype
 
 
+def _joins_updates(
+    x: Tensor, weight: Weight, layer: LoraLayer, config: skinny_matmul.SkinnyConfig, max_rows: int
+) -> bool:
+    """Whether one kernel makes the product and adds low-rank updates to it."""
+    if not isinstance(weight, Tensor) or x.shape[0] <= matrix_vector.MAX_ROWS:
+        return False
+    return _streams_weight(x, weight, max_rows) and takes_updates(layer, config.tile_outputs)
+
+
 class TritonLanguageKernels:
     """Implements ``Kernels`` on one CUDA device. Holds no tensors: workspaces come from torch's allocator.
 
     num_processors: multiprocessors of the device. pdl: whether it knows programmatic dependent launch. side_stream: for
-    what can run beside other kernels; None: nothing does.
+    what can run beside other kernels; None: nothing does. hopper: whether it has Hopper's matrix instructions.
     """
 
-    def __init__(self, *, num_processors: int, pdl: bool, side_stream: torch.cuda.Stream | None = None) -> None:
+    def __init__(
+        self,
+        *,
+        num_processors: int,
+        pdl: bool,
+        side_stream: torch.cuda.Stream | None = None,
+        hopper: bool = False,
+    ) -> None:
         self._num_processors = num_processors
         self._pdl = pdl
+        self._hopper = hopper
         self._side_stream = side_stream
         self._packed: dict[type, PackedLinear[Any]] = {
             PackedWeight: QuantizedLinear(pdl=pdl),
@@ -129,12 +148,13 @@ class TritonLanguageKernels:
             num_processors=properties.multi_processor_count,
             pdl=properties.major >= 9,
             side_stream=torch.cuda.Stream(device),
+            hopper=properties.major == 9,
         )
 
     def pack_linear(self, weight: Tensor | QuantizedWeight) -> Weight:
         if isinstance(weight, Tensor):
             return weight.contiguous()
-        return pack(weight) if weight.activations == "none" else pack_bytes(weight)
+        return pack_quantized(weight)
 
     def input_codes(self, weight: Weight, num_rows: int, dtype: torch.dtype) -> torch.dtype | None:
         return None if isinstance(weight, Tensor) else self._packed[type(weight)].input_codes(weight, num_rows, dtype)
@@ -227,6 +247,10 @@ class TritonLanguageKernels:
     def linear_lora(
         self, x: Tensor, weight: Weight, bias: Tensor | None, layer: LoraLayer, rows: LoraRows
     ) -> Tensor:
+        config = skinny_matmul.default_config(x.shape[0], weight.shape[0])
+        if _joins_updates(x, weight, layer, config, _MAX_STREAMED_ROWS):
+            out = x.new_empty(x.shape[0], weight.shape[0])
+            return self._multiply_joined(x, weight, out, layer, rows, config=config, bias=bias)
         if self._side_stream is None:
             y = self.linear(x, weight, bias)
             add_lora(y, x, bias, layer, rows, pdl=self._pdl)
@@ -240,6 +264,47 @@ class TritonLanguageKernels:
         stream.wait_stream(self._side_stream)
         expand(y, bias, hidden, layer, rows)
         return y
+
+    def linear_lora_silu_and_mul(
+        self, x: Tensor, weight: Weight, bias: Tensor | None, layer: LoraLayer, rows: LoraRows
+    ) -> Tensor:
+        num_outputs = weight.shape[0] // 2
+        config = skinny_matmul.default_config(x.shape[0], num_outputs, silu_and_mul=True)
+        if bias is not None or not _joins_updates(x, weight, layer, config, skinny_matmul.MAX_ROWS):
+            return self.silu_and_mul(self.linear_lora(x, weight, bias, layer, rows))
+        out = x.new_empty(x.shape[0], num_outputs)
+        return self._multiply_joined(x, weight, out, layer, rows, config=config, silu_and_mul=True)
+
+    def linear_lora_add_rms_norm(
+        self,
+        x: Tensor,
+        weight: Weight,
+        bias: Tensor | None,
+        residual: Tensor,
+        norm_weight: Tensor,
+        eps: float,
+        layer: LoraLayer,
+        rows: LoraRows,
+    ) -> Tensor:
+        out = torch.empty_like(residual)
+        num_rows, num_inputs = x.shape
+        config = skinny_matmul.default_config(num_rows, weight.shape[0], may_split=True)
+        if bias is None and _joins_updates(x, weight, layer, config, _most_split_rows(num_inputs)):
+            parts = torch.empty(config.num_splits, num_rows, weight.shape[0], dtype=torch.float32, device=x.device)
+            product = self._multiply_joined(x, weight, parts, layer, rows, config=config)
+        else:
+            product = self.linear_lora(x, weight, bias, layer, rows)
+        rms_norm(product, norm_weight, eps, out, residual=residual, pdl=self._pdl)
+        return out
+
+    def _multiply_joined(
+        self, x: Tensor, weight: Weight, out: Tensor, layer: LoraLayer, rows: LoraRows, **options: Any
+    ) -> Tensor:
+        """``skinny_matmul`` with updates, into out."""
+        assert isinstance(weight, Tensor)
+        hidden = shrink(x, layer, rows, config=joined_config(x.shape[1], weight.shape[0]), pdl=self._pdl)
+        multiply_skinny(x, weight, out, updates=Updates(layer, rows, hidden), pdl=self._pdl, **options)
+        return out
 
     def plan_attention(
         self, metadata: AttentionMetadata, *, dtype: torch.dtype, sliding_window: int | None = None
@@ -279,12 +344,24 @@ class TritonLanguageKernels:
                 sliding_window=plan.sliding_window, pdl=self._pdl,
             )  # fmt: skip
         if plan.num_prefills:
-            prefill_attention(
-                q, cache, plan.block_tables, plan.cu_seqlens_q, plan.context_lens, plan.seq_counts, out,
-                max_tokens=q.shape[0], max_seqs=plan.num_prefills, scale=scale, soft_cap=soft_cap,
-                sliding_window=plan.sliding_window, workspace=self._prefill_workspace(q, cache, plan), pdl=self._pdl,
-            )  # fmt: skip
+            self._attend_prefills(q, cache, plan, out, scale, soft_cap)
         return out.flatten(1)
+
+    def _attend_prefills(
+        self, q: Tensor, cache: LayerCache, plan: AttentionPlan, out: Tensor, scale: float, soft_cap: float | None
+    ) -> None:
+        workspace = self._prefill_workspace(q, cache, plan)
+        operands = (q, cache, plan.block_tables, plan.cu_seqlens_q, plan.context_lens, plan.seq_counts, out)
+        if self._hopper and workspace is None and takes(q, cache, soft_cap, plan.sliding_window):
+            prefill_attention_hopper(
+                *operands, max_tokens=q.shape[0], max_seqs=plan.num_prefills, scale=scale,
+                num_processors=self._num_processors, pdl=self._pdl,
+            )  # fmt: skip
+            return
+        prefill_attention(
+            *operands, max_tokens=q.shape[0], max_seqs=plan.num_prefills, scale=scale, soft_cap=soft_cap,
+            sliding_window=plan.sliding_window, workspace=workspace, pdl=self._pdl,
+        )  # fmt: skip
 
     def _prefill_workspace(self, q: Tensor, cache: LayerCache, plan: AttentionPlan) -> PrefillWorkspace | None:
         """None where the step's tiles fill the device without splits, or are over soon anyway."""

@@ -13,7 +13,7 @@ from typing import NoReturn
 
 from ..errors import TridentError
 from .options import Options, model_names, parse_options
-from .ports import Ports, choose_ports
+from .ports import Ports, hold_ports
 from .progress import ProgressLine, loading_text
 from .repository import copy_repository
 from .run_folder import RunFolder, new_run_folder, remove_stale
@@ -34,7 +34,6 @@ def main(arguments: Sequence[str] | None = None) -> int:
     """Exit code: 0 when told to end, 1 when the server could not start or broke, 2 for bad options."""
     try:
         options = parse_options(sys.argv[1:] if arguments is None else arguments)
-        ports = choose_ports(options)
     except TridentError as error:
         return _fail(error, 2)
     for number in _SIGNALS:
@@ -42,16 +41,21 @@ def main(arguments: Sequence[str] | None = None) -> int:
         if number != signal.SIGHUP or signal.getsignal(number) != signal.SIG_IGN:
             signal.signal(number, _stop)
     try:
-        _serve(options, ports)
+        _serve(options)
     except TridentError as error:
         return _fail(error, 2 if error.code == "INVALID_ARG" else 1)
     except (_Stop, BrokenPipeError):
         return 0
 
 
-def _serve(options: Options, ports: Ports) -> NoReturn:
-    for stale in remove_stale():
-        print(f"Removed what an earlier run left behind: {stale.path}")
+def _serve(options: Options) -> NoReturn:
+    with hold_ports(options) as ports:
+        for stale in remove_stale():
+            print(f"Removed what an earlier run left behind: {stale.path}")
+        _run(options, ports)
+
+
+def _run(options: Options, ports: Ports) -> NoReturn:
     with new_run_folder() as run, contextlib.ExitStack() as at_end:
         at_end.callback(Watchdog(run).release)
         at_end.callback(run.clear, grace=_ENGINE_EXIT_SECONDS)

@@ -70,8 +70,11 @@ class Linear:
         if adapters is None:
             codes = reader.input_codes(x.shape[0], x.dtype)
             return self._kernels.linear_silu_and_mul(x, self.weight, self.bias, codes)
-        # Updates read 16 bits.
-        return self._kernels.silu_and_mul(self(x, adapters))
+        if self.lora is None:
+            return self._kernels.silu_and_mul(self(x))
+        # Updates read 16 bits, and so do the layers they belong to.
+        assert isinstance(x, Tensor)
+        return self._kernels.linear_lora_silu_and_mul(x, self.weight, self.bias, self.lora, adapters)
 
     def add_rms_norm(
         self,
@@ -89,7 +92,12 @@ class Linear:
         if adapters is None:
             codes = None if reader is None else reader.input_codes(residual.shape[0], residual.dtype)
             return self._kernels.linear_add_rms_norm(x, self.weight, self.bias, residual, norm_weight, eps, codes)
-        return self._kernels.fused_add_rms_norm(self(x, adapters), residual, norm_weight, eps)
+        if self.lora is None:
+            return self._kernels.fused_add_rms_norm(self(x), residual, norm_weight, eps)
+        assert isinstance(x, Tensor)
+        return self._kernels.linear_lora_add_rms_norm(
+            x, self.weight, self.bias, residual, norm_weight, eps, self.lora, adapters
+        )
 
 
 @dataclass(frozen=True)

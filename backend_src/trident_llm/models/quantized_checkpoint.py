@@ -82,12 +82,16 @@ class QuantizedCheckpoint:
         return _LAYOUTS[self._layout](parts)
 
     def stored_weights(self) -> dict[str, StoredWeight]:
-        """The quantized weights by name, from headers alone."""
-        return {
-            tensor.name: self._stored_weight(tensor, tensor.name.rpartition(".")[0])
-            for tensor in self.tensors
-            if tensor.name.endswith(".weight") and tensor.name.rpartition(".")[0] in self._parts
-        }
+        """The weights that are still quantized when they have been read, by name, from headers alone."""
+        found = {}
+        for tensor in self.tensors:
+            module, _, leaf = tensor.name.rpartition(".")
+            if leaf != "weight" or module not in self._parts:
+                continue
+            # A float8 weight whose inputs stay as they are comes dequantized.
+            if tensor.dtype != "F8_E4M3" or self._formats[module].activations != "none":
+                found[tensor.name] = self._stored_weight(tensor, module)
+        return found
 
     def _stored_weight(self, tensor: StoredTensor, module: str) -> StoredWeight:
         parts = self._parts[module]

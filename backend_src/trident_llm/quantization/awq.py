@@ -10,7 +10,7 @@ import torch
 from torch import Tensor
 
 from ..kernels.quantized_weight import QuantizedWeight
-from .grid import as_groups, concatenate, grid_of_range, quantized, row_chunks, scale_dtype, search_grid
+from .grid import as_groups, grid_of_range, round_to_grids, row_chunks
 from .statistics import InputStatistics
 
 _NUM_RATIOS = 20
@@ -60,11 +60,4 @@ def quantize(
         by_group = difference.transpose(0, 1)
         return (torch.bmm(by_group, blocks) * by_group).sum(-1).T
 
-    dtype = scale_dtype(weight, group_size, bits)
-    codes, grids = [], []
-    for rows in row_chunks(weight):
-        groups = as_groups(weight[rows], group_size)
-        grid = search_grid(groups, bits, symmetric=symmetric, dtype=dtype, error=error)
-        codes.append(grid.encode(groups).to(torch.uint8))
-        grids.append(grid)
-    return quantized(torch.cat(codes), concatenate(grids), group_size, dtype)
+    return round_to_grids(weight, bits=bits, group_size=group_size, symmetric=symmetric, error=error)

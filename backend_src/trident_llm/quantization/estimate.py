@@ -20,7 +20,8 @@ from ..config import EngineConfig
 from ..engine.kv_cache import bytes_per_block
 from ..engine.loading import choose_dtype
 from ..errors import BadRequest
-from ..kernels import packed_weight, reference
+from ..kernels import reference
+from ..kernels.packed_bytes import pack_quantized
 from ..kernels.quantized_weight import Activations, QuantizedWeight
 from ..models.config_reader import read_model_config
 from ..models.model_config import ModelConfig
@@ -33,7 +34,7 @@ from .scheme import LinearScheme, QuantizationSettings, make_plan
 GROUPS = ("embedding", "attention", "mlp", "norms", "head")
 _KV_DTYPES = {"fp8": torch.float8_e4m3fn, "int8": torch.int8}
 _SAMPLE_OUTPUTS = 64
-"""Outputs of the weights that are packed; all layouts take whole multiples of it."""
+"""Outputs of a weight that is packed to be counted: every layout takes as many bytes for each multiple of it."""
 _UNPACK_ROWS = 384
 _LOGIT_BYTES = 13
 """Per sequence and vocabulary entry: a logit in two dtypes, an int32 count and a flag."""
@@ -171,16 +172,18 @@ class _Sizes:
             form = StoredWeight(scheme.bits, scheme.group_size, kind, scheme.symmetric)
         if form is None:
             return full
-        sampled = _sample_bytes(self._pack, module.num_inputs, form)
-        return sampled * -(-module.num_outputs // _SAMPLE_OUTPUTS)
+        whole, rest = divmod(module.num_outputs, _SAMPLE_OUTPUTS)
+        total = whole * _packed_bytes(self._pack, _SAMPLE_OUTPUTS, module.num_inputs, form)
+        # Weight-only layouts pad the last outputs, those for 8-bit activations do not.
+        return total + (_packed_bytes(self._pack, rest, module.num_inputs, form) if rest else 0)
 
 
 @functools.cache
-def _sample_bytes(pack: Callable[[Any], Any], num_inputs: int, form: StoredWeight) -> int:
-    groups = (_SAMPLE_OUTPUTS, num_inputs // form.group_size)
+def _packed_bytes(pack: Callable[[Any], Any], num_outputs: int, num_inputs: int, form: StoredWeight) -> int:
+    groups = (num_outputs, num_inputs // form.group_size)
     kind = torch.float8_e4m3fn if form.activations == "fp8" else torch.uint8
     weight = QuantizedWeight(
-        codes=torch.zeros(_SAMPLE_OUTPUTS, num_inputs, dtype=kind),
+        codes=torch.zeros(num_outputs, num_inputs, dtype=kind),
         scales=torch.ones(groups, dtype=torch.float16),
         zero_points=torch.full(groups, 2 ** (form.bits - 1) if form.symmetric else 0, dtype=torch.uint8),
         bits=form.bits,
@@ -194,8 +197,7 @@ def _pack_for_gpu(weight: Tensor | QuantizedWeight) -> Any:
     """As the kernels in the Triton language do, where there need be no GPU."""
     if isinstance(weight, Tensor):
         return weight
-    # A byte is a byte, whatever number it holds.
-    return packed_weight.pack(dataclasses.replace(weight, codes=weight.codes.view(torch.uint8), activations="none"))
+    return pack_quantized(weight)
 
 
 def _group_of(name: str) -> str:

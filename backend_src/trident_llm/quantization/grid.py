@@ -113,6 +113,20 @@ def search_grid(
     return best
 
 
+def round_to_grids(
+    weight: Tensor, *, bits: int, group_size: int, symmetric: bool, error: Error = squared_error
+) -> QuantizedWeight:
+    """weight [out, in] rounded to the nearest points of its groups' grids, found by ``search_grid``."""
+    dtype = scale_dtype(weight, group_size, bits)
+    codes, grids = [], []
+    for rows in row_chunks(weight):
+        groups = as_groups(weight[rows], group_size)
+        grid = search_grid(groups, bits, symmetric=symmetric, dtype=dtype, error=error)
+        codes.append(grid.encode(groups).to(torch.uint8))
+        grids.append(grid)
+    return quantized(torch.cat(codes), concatenate(grids), group_size, dtype)
+
+
 def row_chunks(weight: Tensor) -> Iterator[slice]:
     """Slices of a weight's rows of which each is worked on at once."""
     elements = _CHUNK_ELEMENTS.get(weight.device.type, _MANY_ELEMENTS)
