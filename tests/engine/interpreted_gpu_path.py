@@ -62,7 +62,7 @@ def test_splits_of_long_contexts_change_no_token(tmp_path, monkeypatch):
         was_split.append(workspace is not None)
         prefill_attention(*args, workspace=workspace, **options)
 
-    monkeypatch.setattr("trident_llm.kernels.triton_language.prefill_attention", attention)
+    monkeypatch.setattr("trident_llm.kernels.step_attention.prefill_attention", attention)
     core = EngineCore(config)
     assert [run(core, batch) for batch in batches] == expected
     assert True in was_split and False in was_split

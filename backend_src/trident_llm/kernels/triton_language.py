@@ -6,7 +6,6 @@ tables and slots are read on the device.
 
 from __future__ import annotations
 
-from dataclasses import dataclass
 from typing import Any
 
 import torch
@@ -16,7 +15,6 @@ from torch import Tensor
 from ..engine.batch import AttentionMetadata
 from . import matrix_vector, skinny_matmul
 from .checks import HALF_DTYPES
-from .decode_attention import allocate_workspace, choose_num_splits, decode_attention
 from .layer_cache import LayerCache
 from .lora import add_lora, expand, joined_config, shrink
 from .lora_layer import LoraLayer, LoraRows
@@ -25,14 +23,6 @@ from .matrix_vector import matrix_vector as multiply_vector
 from .packed_bytes import PackedBytes, pack_quantized
 from .packed_linear import PackedLinear
 from .packed_weight import PackedWeight
-from .prefill_attention import (
-    PrefillWorkspace,
-    allocate_prefill_workspace,
-    choose_prefill_splits,
-    default_config,
-    prefill_attention,
-)
-from .prefill_attention_hopper import prefill_attention_hopper, takes
 from .quantized_linear import QuantizedLinear
 from .quantized_rows import Rows
 from .quantized_weight import QuantizedWeight
@@ -41,6 +31,7 @@ from .rotary_store import rotary_embed_and_store_kv
 from .scaled_linear import ScaledLinear
 from .silu_and_mul import silu_and_mul
 from .skinny_matmul import skinny_matmul as multiply_skinny
+from .step_attention import AttentionPlan, StepAttention, plan_attention
 
 _MAX_STREAMED_ROWS = 64
 """With more rows cuBLAS multiplies: a single pass over the weight no longer decides the time."""
@@ -56,34 +47,6 @@ _HALVED_ROWS = range(skinny_matmul.MAX_ROWS + 1, 385)
 halves in float32."""
 
 Weight = Tensor | PackedWeight | PackedBytes
-
-
-@dataclass(frozen=True)
-class AttentionPlan:
-    """A step's attention: device tensors, and host constants that a graph's bucket fixes.
-
-    Sequences with one token come first, also on the token axis.
-    """
-
-    slots: Tensor
-    """[T] int64."""
-    block_tables: Tensor
-    """[S, max_blocks] int32."""
-    cu_seqlens_q: Tensor
-    """[S + 1] int32."""
-    context_lens: Tensor
-    """[S] int32."""
-    seq_counts: Tensor
-    """[2] int32: sequences with one token, and all sequences."""
-    num_decodes: int
-    """At most so many sequences have one token."""
-    num_prefills: int
-    """At most so many have several."""
-    max_context: int
-    """Tokens that the block tables have room for."""
-    sliding_window: int | None
-    long_contexts: bool = False
-    """See AttentionMetadata."""
 
 
 def _is_plain(x: Tensor, weight: Tensor, bias: Tensor | None) -> bool:
@@ -130,9 +93,8 @@ class TritonLanguageKernels:
         side_stream: torch.cuda.Stream | None = None,
         hopper: bool = False,
     ) -> None:
-        self._num_processors = num_processors
+        self._attention = StepAttention(num_processors=num_processors, pdl=pdl, hopper=hopper)
         self._pdl = pdl
-        self._hopper = hopper
         self._side_stream = side_stream
         self._packed: dict[type, PackedLinear[Any]] = {
             PackedWeight: QuantizedLinear(pdl=pdl),
@@ -310,18 +272,7 @@ class TritonLanguageKernels:
         self, metadata: AttentionMetadata, *, dtype: torch.dtype, sliding_window: int | None = None
     ) -> AttentionPlan:
         del dtype
-        return AttentionPlan(
-            slots=metadata.slot_mapping,
-            block_tables=metadata.block_tables,
-            cu_seqlens_q=metadata.cu_seqlens_q,
-            context_lens=metadata.context_lens,
-            seq_counts=metadata.seq_counts,
-            num_decodes=metadata.num_decodes,
-            num_prefills=metadata.num_prefills,
-            max_context=metadata.block_tables.shape[1] * metadata.block_size,
-            sliding_window=sliding_window,
-            long_contexts=metadata.long_contexts,
-        )
+        return plan_attention(metadata, sliding_window)
 
     def rotary_embed_and_store_kv(
         self, qkv: Tensor, cos: Tensor, sin: Tensor, cache: LayerCache, plan: AttentionPlan
@@ -331,48 +282,4 @@ class TritonLanguageKernels:
     def paged_attention(
         self, q: Tensor, cache: LayerCache, plan: AttentionPlan, scale: float, soft_cap: float | None = None
     ) -> Tensor:
-        out = torch.empty(q.shape, dtype=q.dtype, device=q.device)
-        decodes = plan.num_decodes
-        if decodes:
-            num_kv_heads, head_dim = cache.values.shape[3:]
-            window = min(plan.max_context, plan.sliding_window or plan.max_context)
-            num_splits = choose_num_splits(decodes, num_kv_heads, window, self._num_processors)
-            workspace = allocate_workspace(decodes, q.shape[1], num_splits, head_dim, q.device)
-            decode_attention(
-                q[:decodes], cache, plan.block_tables[:decodes], plan.context_lens[:decodes],
-                plan.seq_counts, out[:decodes], workspace, num_splits=num_splits, scale=scale, soft_cap=soft_cap,
-                sliding_window=plan.sliding_window, pdl=self._pdl,
-            )  # fmt: skip
-        if plan.num_prefills:
-            self._attend_prefills(q, cache, plan, out, scale, soft_cap)
-        return out.flatten(1)
-
-    def _attend_prefills(
-        self, q: Tensor, cache: LayerCache, plan: AttentionPlan, out: Tensor, scale: float, soft_cap: float | None
-    ) -> None:
-        workspace = self._prefill_workspace(q, cache, plan)
-        operands = (q, cache, plan.block_tables, plan.cu_seqlens_q, plan.context_lens, plan.seq_counts, out)
-        if self._hopper and workspace is None and takes(q, cache, soft_cap, plan.sliding_window):
-            prefill_attention_hopper(
-                *operands, max_tokens=q.shape[0], max_seqs=plan.num_prefills, scale=scale,
-                num_processors=self._num_processors, pdl=self._pdl,
-            )  # fmt: skip
-            return
-        prefill_attention(
-            *operands, max_tokens=q.shape[0], max_seqs=plan.num_prefills, scale=scale, soft_cap=soft_cap,
-            sliding_window=plan.sliding_window, workspace=workspace, pdl=self._pdl,
-        )  # fmt: skip
-
-    def _prefill_workspace(self, q: Tensor, cache: LayerCache, plan: AttentionPlan) -> PrefillWorkspace | None:
-        """None where the step's tiles fill the device without splits, or are over soon anyway."""
-        if not plan.long_contexts:
-            return None
-        num_tokens, num_heads, head_dim = q.shape
-        num_kv_heads = cache.values.shape[3]
-        group = num_heads // num_kv_heads
-        tile_tokens = default_config(q.dtype, head_dim, group).tile_rows // group
-        max_keys = plan.max_context
-        if plan.sliding_window is not None:
-            max_keys = min(max_keys, plan.sliding_window + tile_tokens)
-        num_splits = choose_prefill_splits(-(-num_tokens // tile_tokens), num_kv_heads, max_keys, self._num_processors)
-        return allocate_prefill_workspace(q, num_splits) if num_splits > 1 else None
+        return self._attention(q, cache, plan, scale, soft_cap)
