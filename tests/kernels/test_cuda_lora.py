@@ -11,6 +11,8 @@ import torch
 from tests.fakes.lora_problems import LoraProblem, expected_sum, lora_rows, make_problem, mixed_weights
 from tests.kernels.cuda_cases import DEVICE, DTYPES, HALF_DTYPES, MAX_ERRORS, PDL, assert_close, random_tensor
 from trident_llm.kernels.lora import LoraConfig, add_lora
+from trident_llm.kernels.lora_layer import LoraLayer, allocate_lora_layer
+from trident_llm.kernels.lora_updates import takes_updates
 from trident_llm.kernels.triton_language import TritonLanguageKernels
 
 pytestmark = pytest.mark.gpu
@@ -127,6 +129,21 @@ def test_a_product_that_updates_join_keeps_every_bit_of_rows_without_slots() -> 
     weight, kernels = layer_weight(problem), make_kernels()
     found = kernels.linear_lora(problem.x, weight, None, problem.layer, problem.rows)
     assert torch.equal(found, kernels.linear(problem.x, weight))
+
+
+def test_products_that_updates_join_have_whole_tiles_and_not_too_many_ranks() -> None:
+    def layer(*part_sizes: int, num_slots: int = 4, max_rank: int = 8) -> LoraLayer:
+        return allocate_lora_layer(
+            part_sizes, 64, first_target=0, num_slots=num_slots, max_rank=max_rank, dtype=torch.float16,
+            device=torch.device(DEVICE),
+        )  # fmt: skip
+
+    assert takes_updates(layer(128, 64, 64), 64)
+    assert not takes_updates(layer(128, 48), 64)
+    assert takes_updates(layer(64, num_slots=63), 64)
+    assert not takes_updates(layer(64, num_slots=64), 64)
+    assert takes_updates(layer(64, num_slots=15, max_rank=64), 64)
+    assert not takes_updates(layer(64, num_slots=16, max_rank=64), 64)
 
 
 def test_operands_that_do_not_fit_are_refused() -> None:

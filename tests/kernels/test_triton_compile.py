@@ -281,6 +281,22 @@ def test_products_that_updates_join(
     assert_no_stack(hopper, "_skinny_matmul_kernel", tmp_path)
 
 
+@pytest.mark.parametrize("max_rank", [8, 16, 32, 64])
+def test_updates_that_join_a_product_are_read_16_bytes_at_a_time(
+    hopper: FakeHopperDriver, tmp_path: Path, max_rank: int
+) -> None:
+    """Whatever is left out of them: a mask that could change within 16 bytes would part them."""
+    layer = allocate_lora_layer(
+        (4096,), 4096, first_target=0, num_slots=8, max_rank=max_rank, dtype=torch.bfloat16, device=CPU
+    )
+    rows = LoraRows(weights=torch.zeros(1, 64, 8), tile_slots=torch.full((5, 8), -1, dtype=torch.int32))
+    x, weight = torch.empty(64, 4096, dtype=torch.bfloat16), torch.empty(4096, 4096, dtype=torch.bfloat16)
+    KERNELS.linear_lora(x, weight, None, layer, rows)
+    code = machine_code(hopper, "_skinny_matmul_kernel", tmp_path)
+    assert "LDGSTS.E.BYPASS.128" in code
+    assert "LDG.E.U16" not in code and "LDGSTS.E.BYPASS " not in code
+
+
 def test_elementwise(hopper: FakeHopperDriver) -> None:
     x, weight = torch.empty(4, 4096, dtype=torch.bfloat16), torch.empty(4096, dtype=torch.bfloat16)
     KERNELS.rms_norm(x, weight, 1e-5)

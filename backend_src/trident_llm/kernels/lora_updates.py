@@ -20,9 +20,9 @@ from .lora_layer import LoraLayer, LoraRows
 
 _TILE_INNER = 64
 """Columns of one product: ranks of one slot, then of the next. Half as many where more rows leave fewer registers."""
-
-
-_MAX_SLOTS = 63
+_GROUP_RANKS: tl.constexpr = tl.constexpr(16)
+"""Ranks that are read or not together."""
+_MAX_GROUPS = 63
 """Bits of an int64 but its sign."""
 
 
@@ -36,32 +36,33 @@ class Updates:
 
 
 def takes_updates(layer: LoraLayer, tile_outputs: int) -> bool:
-    """Whether no tile of outputs would reach into two of the layer's parts, and slots are not too many."""
-    return len(layer.ranks) <= _MAX_SLOTS and all(size % tile_outputs == 0 for size in layer.part_sizes)
+    """Whether no tile of outputs would reach into two of the layer's parts, and ranks and slots are not too many."""
+    num_groups = len(layer.ranks) * triton.cdiv(layer.b.shape[2], _GROUP_RANKS.value)
+    return num_groups <= _MAX_GROUPS and all(size % tile_outputs == 0 for size in layer.part_sizes)
 
 
 @triton.jit
-def used_slots(
+def used_ranks(
     tile_slots,  # [1 + tiles, S] int32
+    ranks,  # [S] int32
     num_slots,
+    MAX_RANK: tl.constexpr,
     PADDED_SLOTS: tl.constexpr,
 ):
-    """An int64 with a bit for each slot that any row takes, and the first slot from which on nobody takes any."""
+    """What is read of the columns of all slots: an int64 with a bit for each group of ranks of a slot that any row
+    takes, and the first slot from which on nobody takes any."""
+    GROUPS: tl.constexpr = (MAX_RANK + _GROUP_RANKS - 1) // _GROUP_RANKS
     slots = tl.arange(0, PADDED_SLOTS)
     own = tl.load(tile_slots + slots, mask=slots < num_slots, other=-1)
-    return _bits(own >= 0, slots), tl.max(own, axis=0) + 1
-
-
-@triton.jit
-def _bits(is_set, slots):
-    ones = tl.where(is_set, 1, 0).to(tl.int64)
-    return tl.sum(ones << slots.to(tl.int64), axis=0)
+    groups = tl.cdiv(tl.load(ranks + slots, mask=own >= 0, other=0), _GROUP_RANKS).to(tl.int64)
+    one = tl.full([PADDED_SLOTS], 1, tl.int64)
+    return tl.sum(((one << groups) - 1) << (slots * GROUPS).to(tl.int64), axis=0), tl.max(own, axis=0) + 1
 
 
 @triton.jit
 def add_updates(
     acc,  # [TILE_OUTPUTS, PADDED_ROWS] float32: W x, or a part of its sums
-    used,  # this and end_slot: see used_slots
+    used,  # this and end_slot: see used_ranks
     end_slot,
     b,  # [num_outputs, S, MAX_RANK]
     gains,  # [S, num_outputs] float32
@@ -89,17 +90,19 @@ def add_updates(
 
     All slots' ranks are columns of one sum, and so are the splits of ``hidden``; what nobody takes is not read.
     """
+    GROUPS: tl.constexpr = (MAX_RANK + _GROUP_RANKS - 1) // _GROUP_RANKS
     COLUMNS: tl.constexpr = NUM_SLOTS * MAX_RANK
     part = (first_output >= SIZE0).to(tl.int32) + (first_output >= SIZE0 + SIZE1).to(tl.int32)
     outputs = first_output + tl.arange(0, TILE_OUTPUTS)
     rows = tl.arange(0, PADDED_ROWS)
     has_row = rows < num_rows
     slots = tl.arange(0, PADDED_SLOTS)
-    gained = used & _bits(tl.load(has_gains + slots, mask=slots < NUM_SLOTS, other=0) != 0, slots)
-    if gained != 0:
+    takes_slot = (used >> (slots * GROUPS).to(tl.int64)) & 1
+    gained = tl.load(has_gains + slots, mask=slots < NUM_SLOTS, other=0) * takes_slot
+    if tl.max(gained, axis=0) != 0:
         gain = tl.zeros([TILE_OUTPUTS, PADDED_ROWS], tl.float32)
         for slot in range(0, NUM_SLOTS):
-            is_gained = ((gained >> slot) & 1) != 0
+            is_gained = (tl.load(has_gains + slot) != 0) & (((used >> (slot * GROUPS)) & 1) != 0)
             of_slot = tl.load(gains + tl.cast(slot, tl.int64) * num_outputs + outputs, mask=is_gained, other=0.0)
             row_weights = weights + part * stride_weights_part + rows * stride_weights_row + slot
             weight = tl.load(row_weights, mask=has_row & is_gained, other=0.0)
@@ -112,9 +115,17 @@ def add_updates(
     tiles = tl.cdiv(end_slot * MAX_RANK, TILE_INNER)
     for number in tl.range(0, tl.where(adds, tiles * HIDDEN_SPLITS, 0), num_stages=4):
         first = number % tiles * TILE_INNER
-        takes = ((used >> ((first + inner) // MAX_RANK).to(tl.int64)) & 1) != 0
+        column = first + inner
+        # In a form in which the compiler sees that 16 columns are read together.
+        if GROUPS == 1:
+            group = column // MAX_RANK
+        elif GROUPS * _GROUP_RANKS == MAX_RANK:
+            group = column // _GROUP_RANKS
+        else:
+            group = column // MAX_RANK * GROUPS + column % MAX_RANK // _GROUP_RANKS
+        takes = ((used >> group.to(tl.int64)) & 1) != 0
         if COLUMNS % TILE_INNER != 0:
-            takes = takes & (first + inner < COLUMNS)
+            takes = takes & (column < COLUMNS)
         b_tile = tl.load(b_pointers + first, mask=takes[None, :], other=0.0)
         source = hidden_pointers + (number // tiles * stride_split + first)
         values = tl.load(source, mask=takes[None, :] & has_row[:, None], other=0.0)
@@ -137,7 +148,7 @@ def update_arguments(updates: Updates, num_rows: int, tile_outputs: int, dtype: 
     _, weights, strides = checked_rows(layer, updates.rows, num_rows)
     sizes = (*layer.part_sizes, 0, 0)[:MAX_PARTS]
     return {
-        "b": layer.b, "gains": layer.gains, "has_gains": layer.has_gains, "weights": weights,
+        "b": layer.b, "gains": layer.gains, "ranks": layer.ranks, "has_gains": layer.has_gains, "weights": weights,
         "tile_slots": updates.rows.tile_slots, "hidden": hidden, "layer_outputs": num_outputs,
         "stride_weights_part": strides[0], "stride_weights_row": strides[1],
         "SIZE0": sizes[0], "SIZE1": sizes[1], "NUM_PARTS": num_parts, "NUM_SLOTS": num_slots, "MAX_RANK": max_rank,
@@ -147,7 +158,7 @@ def update_arguments(updates: Updates, num_rows: int, tile_outputs: int, dtype: 
 
 
 NO_UPDATES: dict[str, Any] = {
-    **dict.fromkeys(("b", "gains", "has_gains", "weights", "tile_slots", "hidden")),
+    **dict.fromkeys(("b", "gains", "ranks", "has_gains", "weights", "tile_slots", "hidden")),
     **dict.fromkeys(("layer_outputs", "stride_weights_part", "stride_weights_row"), 0),
     **dict.fromkeys(("SIZE0", "SIZE1", "NUM_PARTS", "NUM_SLOTS", "MAX_RANK", "HIDDEN_SPLITS"), 0),
     **dict.fromkeys(("PADDED_SLOTS", "TILE_INNER"), 0), "UPDATES": False,

@@ -14,7 +14,7 @@ from torch import Tensor
 from triton.language.extra.cuda import gdc_launch_dependents, gdc_wait
 
 from .checks import HALF_DTYPES, check_dtype, check_last_contiguous, check_product, check_shape
-from .lora_updates import NO_UPDATES, Updates, add_updates, update_arguments, used_slots
+from .lora_updates import NO_UPDATES, Updates, add_updates, update_arguments, used_ranks
 
 MAX_ROWS = 128
 _MIN_TILE_ROWS = 16
@@ -60,6 +60,7 @@ def _skinny_matmul_kernel(
     out,  # [num_rows, num_outputs]; [NUM_SPLITS, num_rows, num_outputs] float32 with several splits
     b,  # [layer_outputs, S, MAX_RANK]; this and what follows: see add_updates; unused unless UPDATES
     gains,
+    ranks,
     has_gains,
     weights,
     tile_slots,
@@ -109,7 +110,7 @@ def _skinny_matmul_kernel(
     first_output = tl.program_id(0) * TILE_OUTPUTS
     if UPDATES:
         # They are older than the step.
-        used, end_slot = used_slots(tile_slots, NUM_SLOTS, PADDED_SLOTS)
+        used, end_slot = used_ranks(tile_slots, ranks, NUM_SLOTS, MAX_RANK, PADDED_SLOTS)
     if PDL:
         if PREFETCH > 0:
             ahead = begin + tl.arange(0, PREFETCH // 64) * 64
