@@ -1,9 +1,10 @@
-"""The client processes of bench_server, as one: hands out requests, starts them at the same time, gathers reports."""
+"""Client processes of a benchmark, as one: hands out requests, starts them at the same time, gathers reports."""
 
 from __future__ import annotations
 
 import json
 import math
+import statistics
 import subprocess
 import sys
 import time
@@ -14,9 +15,10 @@ from pathlib import Path
 from types import TracebackType
 from typing import Any
 
-from stream_client import Stream
+from client_orders import Stream
 
-CLIENT = Path(__file__).parent / "stream_client.py"
+GRPC_CLIENT = Path(__file__).parent / "stream_client.py"
+HTTP_CLIENT = Path(__file__).parent / "gateway_client.py"
 LEAD_SECONDS = 0.05
 """From the announcement of the common start to the start."""
 END_SECONDS = 5.0
@@ -52,14 +54,19 @@ class Run:
         waits = sorted(stream.first_token - stream.submitted for stream in self.streams)
         return waits[max(math.ceil(quantile * len(waits)) - 1, 0)] * 1e3
 
+    def first_text_ms(self) -> float:
+        """Milliseconds from a stream's submission to its first text; the median."""
+        return statistics.median(stream.first_text - stream.submitted for stream in self.streams) * 1e3
+
 
 class ClientPool:
-    """``count`` client processes of the server at ``address`` (host:port, gRPC). Use it in a ``with`` statement."""
+    """``count`` client processes of the server at ``address`` (host:port), which speaks what ``program`` does. Use it
+    in a ``with`` statement."""
 
-    def __init__(self, address: str, count: int, environment: dict[str, str]) -> None:
+    def __init__(self, address: str, count: int, environment: dict[str, str], program: Path = GRPC_CLIENT) -> None:
         self._clients = [
             subprocess.Popen(
-                [sys.executable, str(CLIENT), address],
+                [sys.executable, str(program), address],
                 stdin=subprocess.PIPE,
                 stdout=subprocess.PIPE,
                 text=True,

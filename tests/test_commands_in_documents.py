@@ -10,15 +10,16 @@ import ast
 import re
 import shlex
 from pathlib import Path
-from typing import Any
 
 import pytest
-import uvicorn
 
 from tests.documents import OPERATIONS, README, commands_within, prose_of
 from tests.fakes.fake_triton import FakeTriton
 from tests.launch.helpers import ROOT
 from trident_client.cli import main
+from trident_gateway import command as gateway_command
+from trident_gateway.app import create_app
+from trident_gateway.workers import Settings
 
 DOCUMENTS = (README, OPERATIONS)
 RUN_HERE = {
@@ -29,7 +30,12 @@ RUN_HERE = {
     'trident generate "Soup." --adapter poet:0.7,cook:0.3': "poet:0.7,cook:0.3",
 }
 """Against a server that speaks gRPC and has no model; what it was asked last, or with which adapter."""
-GATEWAYS = {"trident openai --port 9000 --url localhost:8001": 9000, "trident openai --url HOST:8001,HOST:9001": 9000}
+GATEWAYS = {
+    "trident openai --port 9000 --url localhost:8001": (9000, 2),
+    "trident openai --url HOST:8001,HOST:9001": (9000, 2),
+    "trident openai --workers 4": (9000, 4),
+}
+"""Command -> its port, and its workers where there are 8 cores."""
 RUN_BY = {
     "scripts/serve": "test_readme.py::server",
     "scripts/serve --help": "test_readme.py::test_options_of_scripts_serve_are_known",
@@ -70,13 +76,19 @@ def test_a_command_is_complete_and_asks_for_what_it_says(command: str) -> None:
 
 @pytest.mark.parametrize("command", GATEWAYS)
 def test_a_gateway_starts(command: str, monkeypatch: pytest.MonkeyPatch) -> None:
-    served: list[int] = []
+    served: list[tuple[int, int]] = []
 
-    def run(app: Any, *, port: int, **_: Any) -> None:
-        assert "/v1/models" in {route.path for route in app.routes}
-        served.append(port)
+    class Served:
+        def __init__(self, settings: Settings, sockets: list[list[int]]) -> None:
+            assert create_app(settings.urls)
+            served.append((sockets[0][0], len(sockets)))
 
-    monkeypatch.setattr(uvicorn, "run", run)
+        def run(self) -> None:
+            pass
+
+    monkeypatch.setattr("trident_client.cli_openai.default_workers", lambda: 2)
+    monkeypatch.setattr(gateway_command, "listen", lambda host, port, num_workers: [[port]] * num_workers)
+    monkeypatch.setattr(gateway_command, "Supervisor", Served)
     assert main(shlex.split(command)[1:]) == 0 and served == [GATEWAYS[command]]
 
 

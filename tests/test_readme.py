@@ -15,8 +15,8 @@ import urllib.request
 from collections.abc import Iterator
 from pathlib import Path
 
-import bench_gateway
 import pytest
+from served_gateway import ServedGateway
 
 from tests.documents import GATEWAY, OPERATIONS, README, Block, blocks_in, blocks_of, prose_in, prose_of, sample_output
 from tests.launch.helpers import ROOT
@@ -80,8 +80,8 @@ def gateway(server: Serving) -> Iterator[str]:
     """The README's command for the gateway, with a free port: its address, as host:port."""
     (code,) = [block.code for block in blocks_of(README) if block.code.startswith(GATEWAY)]
     assert code == f"{GATEWAY}--port 9000 --url localhost:8001\n"
-    with bench_gateway.gateway(server.grpc_url, environment()) as port:
-        yield f"127.0.0.1:{port}"
+    with ServedGateway(server.grpc_url, environment()) as gateway:
+        yield gateway.address
 
 
 def run(block: Block, server: Serving, gateway: str, *, own_curl: bool = shutil.which("curl") is None) -> str:

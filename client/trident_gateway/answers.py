@@ -17,9 +17,12 @@ DONE = b"data: [DONE]\n\n"
 _FINISH = {"stop": "stop", "length": "length"}
 """A sample that brings no error can also be cancelled, by the option timeout: its text is cut, as with length."""
 
+_ANY_TEXT = "\0"
+_encode = json.JSONEncoder().encode
+
 
 class AnswerWriter:
-    """Writes one answer. ``chunk`` is the hot path: constant parts are written once, the rest is one dump of JSON."""
+    """Writes one answer. ``chunk`` is the hot path: of an event that is text alone only the text is written anew."""
 
     def __init__(self, question: Question) -> None:
         self._question = question
@@ -30,7 +33,8 @@ class AnswerWriter:
         self._before = "data: " + json.dumps(streamed)[:-1] + ', "choices": ['
         self._after = ('], "usage": null}' if question.include_usage else "]}") + "\n\n"
         self._end = "data: " + json.dumps(streamed)[:-1] + ', "choices": [], "usage": '
-        self._begun: set[int] = set()
+        self._around_text: dict[int, tuple[bytes, bytes]] = {}
+        """Of each choice that has begun: an event before and after its text, where it has no more than that."""
         self._offsets: dict[int, int] = {}
         self._input: dict[int, int] = {}
         self._cached: dict[int, int] = {}
@@ -43,17 +47,14 @@ class AnswerWriter:
         reason = _FINISH.get(chunk.finish_reason, "length") if chunk.finish_reason else None
         if not (chunk.text or reason or chunk.logprobs):
             return b""
+        around = self._around_text.get(index)
+        if around is None:
+            self._around_text[index] = self._frame(index)
+        elif not (reason or chunk.logprobs):
+            return around[0] + _encode(chunk.text).encode() + around[1]
         logprobs = self._logprobs(chunk.logprobs, index)
-        choice: dict[str, Any]
-        if self._question.chat:
-            delta = {"content": chunk.text} if chunk.text or not reason else {}
-            if index not in self._begun:
-                self._begun.add(index)
-                delta = {"role": "assistant", "content": chunk.text}
-            choice = {"index": index, "delta": delta, "logprobs": logprobs, "finish_reason": reason}
-        else:
-            choice = {"index": index, "text": chunk.text, "logprobs": logprobs, "finish_reason": reason}
-        return (self._before + json.dumps(choice) + self._after).encode()
+        choice = self._choice(index, chunk.text, logprobs, reason, first=around is None)
+        return (self._before + _encode(choice) + self._after).encode()
 
     def usage_chunk(self) -> bytes:
         """The last event before the end, where ``stream_options`` asks for it; else nothing."""
@@ -80,6 +81,19 @@ class AnswerWriter:
                 choices.append(choice)
         answer = {**self._head, "object": self._kind, "choices": choices, "usage": self._usage()}
         return json.dumps(answer).encode()
+
+    def _choice(
+        self, index: int, text: str, logprobs: dict[str, Any] | None, reason: str | None, *, first: bool
+    ) -> dict[str, Any]:
+        said: dict[str, Any] = {"text": text}
+        if self._question.chat:
+            role = {"role": "assistant"} if first else {}
+            said = {"delta": {**role, "content": text} if text or first or not reason else {}}
+        return {"index": index, **said, "logprobs": logprobs, "finish_reason": reason}
+
+    def _frame(self, index: int) -> tuple[bytes, bytes]:
+        before, after = _encode(self._choice(index, _ANY_TEXT, None, None, first=False)).split(_encode(_ANY_TEXT))
+        return (self._before + before).encode(), (after + self._after).encode()
 
     def _count(self, chunk: Chunk, prompt: int) -> None:
         self._output += chunk.num_output_tokens or 0

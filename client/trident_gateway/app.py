@@ -23,6 +23,7 @@ from .merge import merged
 from .places import LookUp, look_up, read_places
 from .questions import Question, read_question
 from .responses import EventStream, read_body, while_connected
+from .running import Running
 from .upstreams import Upstreams
 
 _Chunks = AsyncGenerator[tuple[int, Chunk], None]
@@ -35,12 +36,15 @@ def create_app(
     admin_token: str = "",
     load_factor: float = LOAD_FACTOR,
     look_up: LookUp = look_up,
+    running: Running | None = None,
 ) -> FastAPI:
-    """The application. ``urls``: as ``read_places`` takes them, for gRPC; an empty ``api_key`` asks for none.
+    """The application. ``urls``: as ``read_places`` takes them, for gRPC; an empty ``api_key`` asks for none;
+    ``running``: what runs, also for other workers.
 
     Raises ``BadRequest``.
     """
-    upstreams = Upstreams(read_places(urls), admin_token, load_factor=load_factor, look_up=look_up)
+    places = read_places(urls)
+    upstreams = Upstreams(places, admin_token, load_factor=load_factor, look_up=look_up, running=running)
 
     @contextlib.asynccontextmanager
     async def lifespan(_: FastAPI) -> AsyncIterator[None]:
@@ -82,6 +86,8 @@ def create_app(
     async def model(request: Request, name: str) -> Response:
         _check_key(request, api_key)
         if name not in upstreams.models():
+            await upstreams.refresh()  # another worker may know it already
+        if name not in upstreams.models():
             raise unknown_model(name, upstreams.models())
         return _json(_model(name))
 
@@ -104,7 +110,8 @@ async def _respond(upstreams: Upstreams, question: Question) -> Response:
     writer = AnswerWriter(question)
     if question.stream:
         # What the first chunk waits for can still be refused with a status.
-        return EventStream(_events(await _first(chunks), chunks, writer, question))
+        first = await _first(chunks)
+        return EventStream(writer.chunk(first[1], first[0]) if first else b"", _events(chunks, writer, question))
     gathered: list[list[Chunk]] = [[] for _ in question.prompts]
     async with aclosing(chunks):
         async for prompt, chunk in chunks:
@@ -121,13 +128,9 @@ async def _first(chunks: _Chunks) -> tuple[int, Chunk] | None:
         raise
 
 
-async def _events(
-    first: tuple[int, Chunk] | None, chunks: _Chunks, writer: AnswerWriter, question: Question
-) -> AsyncGenerator[bytes, None]:
+async def _events(chunks: _Chunks, writer: AnswerWriter, question: Question) -> AsyncGenerator[bytes, None]:
     try:
         async with aclosing(chunks):
-            if first is not None:
-                yield writer.chunk(first[1], first[0])
             async for prompt, chunk in chunks:
                 yield writer.chunk(chunk, prompt)
     except TridentError as error:

@@ -48,14 +48,15 @@ def read_question(data: bytes, *, chat: bool) -> Question:
     if not isinstance(model, str) or not model:
         raise bad_value("model", "give the name of a model")
     stream = flag(body, "stream")
+    include_usage = includes_usage(body, stream)
     return Question(
         chat=chat,
         model=model,
         prompts=[_messages(body.get("messages"))] if chat else _prompts(body.get("prompt")),
         n=_count(body.get("n")),
         stream=stream,
-        include_usage=includes_usage(body, stream),
-        options=generation_options(body, chat=chat),
+        include_usage=include_usage,
+        options=generation_options(body, chat=chat, counts=include_usage or not stream),
         renamed=renamed_options(body),
     )
 

@@ -12,6 +12,7 @@ from trident_client import AsyncTridentClient, RetryPolicy, TridentError
 
 from .affinity import LOAD_FACTOR, most_requests, ranked
 from .places import LookUp, Place, look_up
+from .running import Running
 
 BASE_MODEL = "llm"
 _POLL_SECONDS = 1.0
@@ -24,22 +25,25 @@ _log = logging.getLogger(__name__)
 class Upstream:
     """One server. ``models``: names that requests may give -> the server's options that mean them."""
 
-    def __init__(self, url: str, admin_token: str) -> None:
+    def __init__(self, url: str, admin_token: str, shared: Running) -> None:
         self.client = AsyncTridentClient(url, admin_token=admin_token, retry=RetryPolicy(retries=0))
         self.url = url
         self.ready = False
         self.running = 0
-        """Requests of this gateway."""
+        """Requests of this process."""
+        self._shared = shared
         self.models: dict[str, dict[str, Any]] = {BASE_MODEL: {"xlora": False}}
 
     @contextlib.contextmanager
     def carrying(self) -> Iterator[None]:
         """Counts a request as running."""
         self.running += 1
+        self._shared.put(self.url, self.running)
         try:
             yield
         finally:
             self.running -= 1
+            self._shared.put(self.url, self.running)
 
     async def refresh(self) -> None:
         """Ask for readiness and adapters; without an answer about adapters only the base model has a name."""
@@ -64,7 +68,10 @@ class Upstreams:
         *,
         load_factor: float = LOAD_FACTOR,
         look_up: LookUp = look_up,
+        running: Running | None = None,
     ) -> None:
+        """``running``: this worker's and others' counts; without it there are no other workers."""
+        self._running = running or Running()
         self._admin_token = admin_token
         self._load_factor = load_factor
         self._look_up = look_up
@@ -129,25 +136,30 @@ class Upstreams:
     def choose(self, model: str, key: bytes, tried: Container[str]) -> Upstream | None:
         """The server to ask next, not one of ``tried`` (their urls); None when no other has ``model``.
 
-        Ready ones come before others. Of these it is the first of the order by ``key`` that has room.
+        Ready ones come before others. Of these it is the first of the order by ``key`` that has room. Workers that
+        choose at the same moment may give a server one request each beyond that.
         """
         having = [upstream for upstream in self.all if model in upstream.models and upstream.url not in tried]
         ready = {upstream.url: upstream for upstream in having if upstream.ready}
         servers = ready or {upstream.url: upstream for upstream in having}
         if not servers:
             return None
-        running = sum(upstream.running for upstream in servers.values())
-        most = most_requests(running, len(servers), self._load_factor)
-        return next(servers[url] for url in ranked(servers, key) if servers[url].running < most)
+        running = self._running.of_all({url: upstream.running for url, upstream in servers.items()})
+        most = most_requests(sum(running.values()), len(servers), self._load_factor)
+        return next(servers[url] for url in ranked(servers, key) if running[url] < most)
 
     def _put_in_place(self) -> list[Upstream]:
-        """Let the servers be those of ``_urls``, and return the new ones. What has left finishes its requests."""
+        """Let the servers be those of ``_urls``, and return those that have come.
+
+        What has left finishes its requests, and is known again if it comes back before that.
+        """
         urls = dict.fromkeys(url for found in self._urls.values() for url in found)
-        new = [Upstream(url, self._admin_token) for url in urls if url not in self._by_url]
-        self._leaving += [upstream for url, upstream in self._by_url.items() if url not in urls]
-        known = {**self._by_url, **{upstream.url: upstream for upstream in new}}
+        known = {upstream.url: upstream for upstream in self._leaving} | self._by_url
+        come = [url for url in urls if url not in self._by_url]
+        known.update((url, Upstream(url, self._admin_token, self._running)) for url in come if url not in known)
+        self._leaving = [upstream for url, upstream in known.items() if url not in urls]
         self._by_url = {url: known[url] for url in urls}
-        return new
+        return [known[url] for url in come]
 
 
 async def _repeat(action: Callable[[], Awaitable[None]], seconds: float) -> None:

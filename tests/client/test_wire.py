@@ -2,14 +2,17 @@
 
 import asyncio
 import json
+import struct
 from typing import Any
 
 import numpy as np
 import pytest
+from tritonclient.grpc import InferResult, service_pb2
+from tritonclient.utils import np_to_triton_dtype, serialize_byte_tensor
 
 from tests.fakes.fake_triton import Fail, FakeTriton
 from trident_client import AsyncTridentClient, BadRequest, Chunk, Completion, EngineFailed, NotFound, TridentClient
-from trident_client.wire import admin_request, check_url, generate_request
+from trident_client.wire import AnswerDecoder, admin_request, check_url, generate_request
 
 
 def parameters(prompt: Any = "Hi", stream: bool = True, **options: Any) -> dict[str, Any]:
@@ -161,6 +164,45 @@ def test_a_completion_joins_what_belongs_together():
     assert (whole.text, whole.finish_reason, whole.num_input_tokens, whole.num_output_tokens) == ("ab", "length", 3, 4)
     assert whole.samples[0].cumulative_logprob == -3.5
     assert whole.samples[0].logprobs == [{"5": {}}, {"6": {}}, {"7": {}}]
+
+
+@pytest.mark.parametrize(
+    ("texts", "counts", "logprobs"),
+    [(["ü€😀"], [2**32 - 1], -0.5), (["a\0b", "", "x" * 70_000], [1, 2, 0], -1e30)],
+)
+def test_contents_are_read_as_tritonclient_reads_them(texts: list[str], counts: list[int], logprobs: float):
+    response = service_pb2.ModelInferResponse(model_name="llm")
+    for name, values, kind in (
+        ("text_output", texts, object),
+        ("an output that is not known", ["x"], object),
+        ("finish_reason", ["length", "None", ""][: len(texts)], object),
+        ("logprobs", ['[{"1": {"logprob": -0.5}}]', "null", "[]"][: len(texts)], object),
+        ("num_input_tokens", [11], np.uint32),
+        ("num_output_tokens", counts, np.uint32),
+        ("cumulative_logprob", [logprobs] * len(texts), np.float32),
+    ):
+        array = np.array(values, kind)
+        response.outputs.add(name=name, datatype=np_to_triton_dtype(array.dtype), shape=array.shape)
+        raw = serialize_byte_tensor(array).item() if kind is object else array.tobytes()
+        response.raw_output_contents.append(raw)
+    theirs = InferResult(response)
+    chunks = AnswerDecoder().decode(service_pb2.ModelStreamInferResponse(infer_response=response))
+    assert [chunk.index for chunk in chunks] == list(range(len(texts)))
+    for index, chunk in enumerate(chunks):
+        assert chunk.text.encode() == theirs.as_numpy("text_output")[index]
+        assert chunk.num_output_tokens == theirs.as_numpy("num_output_tokens")[index]
+        assert chunk.cumulative_logprob == theirs.as_numpy("cumulative_logprob")[index]
+        assert chunk.num_input_tokens == theirs.as_numpy("num_input_tokens")[0] == 11
+        assert chunk.logprobs == json.loads(theirs.as_numpy("logprobs")[index])
+        assert chunk.finish_reason == ("length" if index == 0 else None)
+
+
+def test_text_that_is_no_utf8_is_replaced():
+    response = service_pb2.ModelInferResponse(model_name="llm")
+    response.outputs.add(name="text_output", datatype="BYTES", shape=[1])
+    response.raw_output_contents.append(struct.pack("<I", 2) + b"a\xff")
+    (chunk,) = AnswerDecoder().decode(service_pb2.ModelStreamInferResponse(infer_response=response))
+    assert chunk.text == "a\N{REPLACEMENT CHARACTER}" and chunk.num_output_tokens is None
 
 
 def test_an_answer_without_any_text_is_one_empty_sample():

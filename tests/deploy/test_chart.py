@@ -116,6 +116,7 @@ def test_each_variant_makes_its_objects() -> None:
         ({"modelCach": {}}, "modelCach"),
         ({"autoscaling": {"enabled": True, "minReplicas": 5}}, "minReplicas: 5 is more"),
         ({"gateway": {"loadFactor": 0.5}}, "loadFactor"),
+        ({"gateway": {"workers": 0}}, "workers"),
         ({"gateway": {"apiKey": {"secretName": ""}}}, "apiKey"),
     ],
 )
@@ -199,6 +200,9 @@ def test_the_gateway_asks_all_servers_that_are_ready(monkeypatch: pytest.MonkeyP
     assert [port["containerPort"] for port in gateway["ports"]] == [arguments.port]
     shipped = gateway_arguments(container(objects({}), "Deployment", name)["args"])
     assert shipped.load_factor == gateway_arguments([]).load_factor == LOAD_FACTOR
+    assert str(shipped.workers) == container(objects({}), "Deployment", name)["resources"]["requests"]["cpu"]
+    four = container(objects({"gateway": {"workers": 4}}), "Deployment", name)
+    assert gateway_arguments(four["args"]).workers == 4
 
 
 def test_the_gateways_pods_are_its_own_and_not_privileged() -> None:

@@ -90,6 +90,7 @@ def test_the_gateway_asks_trident_and_has_both_secrets(services: dict[str, Any],
     assert {"target": int(port)}.items() <= services[name]["ports"][1].items()
     assert {port["target"] for port in gateway["ports"]} == {arguments.port}
     assert arguments.drain_timeout < 30, "stop_grace_period"
+    assert arguments.workers == gateway["deploy"]["resources"]["limits"]["cpus"]
 
 
 def test_prometheus_scrapes_trident_and_grafana_reads_prometheus(services: dict[str, Any]) -> None:

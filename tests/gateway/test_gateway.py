@@ -211,4 +211,3 @@ def test_text_offsets_go_on_over_chunks() -> None:
     found = [json.loads(event.removeprefix(b"data: "))["choices"][0]["logprobs"] for event in events]
     assert [part["text_offset"] for part in found] == [[0], [2]]
     assert found[0]["tokens"] == ["ab"] and found[0]["top_logprobs"] == [{"c": -0.5}]
-

@@ -2,11 +2,15 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+import threading
+import time
+from collections.abc import Callable, Iterator
 from typing import Any
 
 import openai
 import pytest
+from served_gateway import ServedGateway
+from served_model import environment_of_checkout
 
 from tests.fakes.fake_engine import expected_text
 from tests.gateway.gateways import client, gateway
@@ -75,3 +79,61 @@ def test_unknown_models_and_keys(api: openai.OpenAI) -> None:
         api.completions.create(model="nobody", prompt="Hi")
     with pytest.raises(openai.AuthenticationError):
         api.with_options(api_key="other").models.list()
+
+
+class Load:
+    """Clients that ask one question after another, each over a new connection, which any worker may get."""
+
+    def __init__(self, address: str, num_clients: int) -> None:
+        self._address = f"http://{address}"
+        self._end = threading.Event()
+        self.answered: list[float] = []
+        """When the requests that were answered began."""
+        self.failed: list[float] = []
+        self._threads = [threading.Thread(target=self._ask, args=(number,)) for number in range(num_clients)]
+
+    def __enter__(self) -> Load:
+        for thread in self._threads:
+            thread.start()
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        self._end.set()
+        for thread in self._threads:
+            thread.join(60)
+
+    def _ask(self, number: int) -> None:
+        while not self._end.is_set():
+            began = time.monotonic()
+            try:
+                with client(self._address, "key") as api:
+                    stream = api.completions.create(model="llm", prompt=f"Hi {number}", max_tokens=8, stream=True)
+                    text = "".join(chunk.choices[0].text for chunk in stream)
+                assert text == expected_text(f"Hi {number}", 8)
+            except (openai.APIError, OSError, AssertionError):
+                self.failed.append(began)
+            else:
+                self.answered.append(began)
+
+
+def test_a_worker_that_is_killed_under_load_costs_only_what_it_carried(fake_server: LiveServer) -> None:
+    arguments = ["--workers", "2", "--admin-token", "secret", "--api-key", "key"]
+    with ServedGateway(fake_server.grpc_url, environment_of_checkout(), arguments) as gateway:
+        with Load(gateway.address, 8) as load:
+            wait_until(lambda: len(load.answered) > 32)
+            (killed, other) = gateway.workers()
+            killed.kill()
+            at = time.monotonic()
+            wait_until(lambda: {worker.pid for worker in gateway.workers()} - {killed.pid, other.pid})
+            wait_until(lambda: sum(began > at for began in load.answered) > 64)
+        processes = gateway.processes()
+        assert len(gateway.workers()) == 2 and other in gateway.workers()
+        assert len(load.failed) <= 8 and all(began < at for began in load.failed), "no new request fails"
+    wait_until(lambda: not any(process.is_running() for process in processes))
+
+
+def wait_until(condition: Callable[[], object], seconds: float = 30.0) -> None:
+    deadline = time.monotonic() + seconds
+    while not condition():
+        assert time.monotonic() < deadline
+        time.sleep(0.05)
