@@ -92,7 +92,9 @@ class EngineConfig:
         3, "times in a row the engine may end without having completed a step; then it stays down", minimum=1
     )
     drain_timeout: float = setting(
-        2.0, "seconds that running requests may take to finish when the server or the model llm ends", minimum=0.0
+        2.0,
+        "seconds that running requests may take to finish when the server ends or their model is unloaded",
+        minimum=0.0,
     )
     max_n: int = setting(16, "hard cap of the request option n", minimum=1, maximum=1024)
     max_stop_strings: int = setting(16, "hard cap on stop strings, and on stop_token_ids", minimum=0, maximum=1024)

@@ -66,6 +66,7 @@ class RunDirectory:
         self._status_path = path / "status.json"
         self._deaths_path = path / "deaths.json"
         self._requantized_path = path / "requantized.json"
+        self._published_path = path / "published.json"
         if len(os.fsencode(self.socket_path)) > MAX_SOCKET_PATH:
             raise LoadFailed(
                 f"the socket path {str(self.socket_path)!r} is longer than {MAX_SOCKET_PATH} bytes; "
@@ -132,6 +133,16 @@ class RunDirectory:
 
     def read_deaths(self) -> Deaths:
         return _read(self._deaths_path, Deaths) or Deaths()
+
+    def write_published(self, totals: dict[str, float]) -> None:
+        """For the door that publishes metrics next: the totals that this one has reached."""
+        _replace(self._published_path, msgspec.json.encode(totals))
+
+    def take_published(self) -> dict[str, float]:
+        """Read once: they are no use to who comes after that."""
+        totals = _read(self._published_path, dict[str, float]) or {}
+        self._published_path.unlink(missing_ok=True)
+        return totals
 
     def remove_stale_siblings(self) -> None:
         """Delete folders of servers that are gone."""

@@ -18,7 +18,7 @@ import tritonclient.http as httpclient
 from tests.fakes.byte_tokenizer import write_byte_tokenizer
 from tests.live.addresses import Addresses
 from trident_llm.launch.options import parse_options
-from trident_llm.launch.ports import choose_ports
+from trident_llm.launch.ports import hold_ports
 from trident_llm.launch.repository import copy_repository
 from trident_llm.launch.run_folder import RunFolder, new_run_folder
 from trident_llm.launch.server_home import find_server
@@ -69,8 +69,7 @@ def fake_repository(folder: Path, options: str) -> Path:
 def serve(*arguments: str) -> Iterator[LiveServer]:
     """Start a server with the launcher's options, wait until it is ready, and clear everything at the end."""
     options = parse_options(["--http-port", "0", "--grpc-port", "0", "--metrics-port", "0", *arguments])
-    ports = choose_ports(options)
-    with new_run_folder() as run:
+    with hold_ports(options) as ports, new_run_folder() as run:
         process = None
         try:
             engine = copy_repository(options, run.models)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import http.client
 import json
 import queue
@@ -15,6 +16,7 @@ from dataclasses import dataclass
 from typing import Any
 
 import numpy as np
+import psutil
 import tritonclient.grpc as grpcclient
 
 from tests.live.live_server import LiveServer
@@ -65,6 +67,16 @@ def wait_until_running(server: LiveServer, num_requests: int = 1) -> None:
     while admin(server, "stats")["running_requests"] < num_requests:
         assert time.monotonic() - began < 20.0
         time.sleep(0.01)
+
+
+def num_doors(server: LiveServer, model: str) -> int:
+    """Processes that are doors of ``model``, of all its loads."""
+    count = 0
+    for process in server.run.processes():
+        with contextlib.suppress(psutil.Error):
+            *_, name, _ = ("", "", *process.cmdline())
+            count += name.startswith(f"{model}_0_")
+    return count
 
 
 def metrics(server: LiveServer) -> dict[str, float]:

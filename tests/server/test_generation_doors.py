@@ -2,8 +2,6 @@
 
 from __future__ import annotations
 
-import os
-import signal
 import time
 from collections.abc import Callable
 
@@ -15,7 +13,8 @@ from tests.fakes.engine_runs import Door, wait_until
 from tests.fakes.fake_backend_utils import Request, Sender, Tensor
 from tests.fakes.fake_engine import expected_text
 from trident_llm.options import LLM_DEFAULTS, VLLM_DEFAULTS
-from trident_llm.server import iterative, metrics
+from trident_llm.server import iterative
+from trident_llm.server.engine_client import being_unloaded
 from trident_llm.server.iterative import IterativeDoor
 from trident_llm.server.request import RequestReader
 from trident_llm.server.streaming import StreamingDoor
@@ -232,71 +231,22 @@ def test_timeout_of_the_protocol_is_in_microseconds(streaming_door):
     assert outputs["finish_reason"] == b"cancelled"
 
 
-def test_adapters_have_counters_while_they_are_loaded(open_door, monkeypatch):
-    monkeypatch.setattr(metrics, "PUBLISH_INTERVAL", 0.02)
-    published = fake_backend_utils.MetricFamily.metrics
-    published.clear()
-    door = open_door()
-    publisher = metrics.MetricsPublisher(door.client, "llm")
-
-    def values() -> dict[str, float]:
-        """Tokens by adapter."""
-        name = "trident_adapter_generated_tokens_total{adapter="
-        found = {key: metric.current for key, metric in list(published.items()) if key.startswith(name)}
-        return {key.removeprefix(name).rstrip("}"): value for key, value in found.items()}
-
-    def load(name: str) -> None:
-        door.client.command("load_adapter", {"name": name})
-
-    wait_until(lambda: values() == {"_other": 0})
-    load("a")
-    load("b")
-    wait_until(lambda: values() == {"_other": 0, "a": 0, "b": 0})
-    door.finish(door.submit("hello", max_tokens=7, adapter="a"))
-    door.finish(door.submit("hello", max_tokens=5, adapter="gone"))
-    wait_until(lambda: values() == {"_other": 5, "a": 7, "b": 0})
-    assert published["trident_adapter_requests_total{adapter=a}"].current == 1
-    door.client.command("unload_adapter", {"name": "a"})
-    wait_until(lambda: values() == {"_other": 5, "b": 0})
-    load("a")
-    wait_until(lambda: values() == {"_other": 5, "a": 0, "b": 0})
-    door.finish(door.submit("hello", max_tokens=3, adapter="a:0.5,b:0.5"))
-    wait_until(lambda: values() == {"_other": 5, "a": 3, "b": 3})
-    publisher.close()
-    door.finish(door.submit("hello", max_tokens=4, adapter="b"))
-    successor = metrics.MetricsPublisher(door.client, "llm")
-    wait_until(lambda: values() != {"_other": 5, "a": 3, "b": 3})
-    door.finish(door.submit("hello", max_tokens=2, adapter="b"))
-    wait_until(lambda: values() != {"_other": 5, "a": 3, "b": 7})
-    time.sleep(0.1)
-    successor.close()
-    assert values() == {"_other": 5, "a": 3, "b": 9}
-
-
-def test_metrics_go_on_counting_over_a_restart(open_door, run_directory, monkeypatch):
-    monkeypatch.setattr(metrics, "PUBLISH_INTERVAL", 0.02)
-    fake_backend_utils.MetricFamily.metrics.clear()
-    door = open_door()
-    publisher = metrics.MetricsPublisher(door.client, "llm")
-    published = fake_backend_utils.MetricFamily.metrics
-
-    def value(name: str) -> float:
-        return published[f"trident_{name}"].current if f"trident_{name}" in published else -1.0
-
-    door.finish(door.submit("hello", max_tokens=30))
-    wait_until(lambda: value("output_tokens_total") == 30)
-    assert value("engine_ready") == 1
-    status = run_directory.read_status()
-    assert status is not None
-    os.kill(status.pid, signal.SIGKILL)
-    wait_until(lambda: value("engine_restarts_total") == 1 and door.client.ready)
-    door.finish(door.submit("hello", max_tokens=20))
-    wait_until(lambda: value("output_tokens_total") == 50)
-    publisher.close()
-    successor = metrics.MetricsPublisher(door.client, "llm")
-    time.sleep(0.2)
-    door.finish(door.submit("hello", max_tokens=7))
-    wait_until(lambda: value("output_tokens_total") >= 57)
-    time.sleep(0.1)
-    assert value("output_tokens_total") == 57
-    successor.close()
+def test_requests_that_are_ended_get_the_error(iterative_server, streaming_door, backing):
+    error = "[UNAVAILABLE] the model is being unloaded; retry after 2 s"
+    streamed = iterative_server.add(5, "hello", max_tokens=4000, **STREAM)
+    whole = iterative_server.add(6, "hello", max_tokens=4000)
+    request = Request("hello", options={"max_tokens": 4000, "stream": True})
+    streaming_door.execute([request])
+    iterative_server.execute()
+    wait_until(lambda: backing.num_running() == 3)
+    assert (iterative_server._door.num_running, streaming_door.num_running) == (2, 1)
+    iterative_server._door._client.end_all(being_unloaded())
+    streaming_door._client.end_all(being_unloaded())
+    iterative_server.execute_until_idle()
+    wait_until(lambda: request.sender.is_final)
+    for sender in (streamed, whole, request.sender):
+        assert sender.is_final
+        assert sender.responses[-1].error.text == error
+        assert sender.responses[-1].error.code == fake_backend_utils.TritonError.UNAVAILABLE
+    assert (iterative_server._door.num_running, streaming_door.num_running) == (0, 0)
+    wait_until(lambda: backing.num_running() == 0, 1.0)

@@ -27,9 +27,15 @@ class AdminDoor:
     def __init__(self, client: EngineClient, run_directory: RunDirectory) -> None:
         self._client = client
         self._run_directory = run_directory
+        self.num_running = 0
+        """Requests that are being answered."""
 
     def execute(self, requests: list[Any]) -> list[Any]:
-        return [self._respond(request) for request in requests]
+        self.num_running = len(requests)
+        try:
+            return [self._respond(request) for request in requests]
+        finally:
+            self.num_running = 0
 
     def close(self) -> None:
         """Nothing is kept between two calls."""

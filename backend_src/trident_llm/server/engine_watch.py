@@ -12,7 +12,6 @@ import select
 import signal
 import subprocess
 import threading
-import time
 from collections.abc import Callable
 from pathlib import Path
 
@@ -84,23 +83,21 @@ def wait_for_end(pid: int, seconds: float) -> bool:
 class EngineWatch:
     """One thread that holds the watch lock when it can, and then keeps the engine running."""
 
-    def __init__(
-        self, run_directory: RunDirectory, *, owner_pid: int, forget_deaths: bool, log: Callable[[str], None]
-    ) -> None:
-        """``owner_pid``: the server process, with which the engine ends. ``log`` gets one line per event.
-        ``forget_deaths``: those from before now do not count; the model is being loaded again."""
+    def __init__(self, run_directory: RunDirectory, *, owner_pid: int, log: Callable[[str], None]) -> None:
+        """``owner_pid``: the server process, with which the engine ends. ``log`` gets one line per event."""
         self._run_directory = run_directory
         self._owner_pid = owner_pid
         self._log = log
         self._lock = FileLock(run_directory.watch_lock_path)
         self._process: subprocess.Popen[bytes] | None = None
-        self._forget_deaths_before = time.time() if forget_deaths else 0.0
         self._hung = False
         """Whether the engine was ended here because a step took too long."""
         self._num_out_of_memory = _count_out_of_memory()
         self._stopping = threading.Event()
         self._thread = threading.Thread(target=self._run, name="engine-watch", daemon=True)
         self.is_holder = False
+        self.before_release: Callable[[], None] = lambda: None
+        """Called by the watch's thread when this door is no holder any more and nobody else is one yet."""
 
     @property
     def num_restarts(self) -> int:
@@ -128,18 +125,23 @@ class EngineWatch:
                     self._keep_running()
                 finally:
                     self.is_holder = False
+                    self.before_release()
                     self._lock.release()
+            self.reap()
             self._stopping.wait(LOCK_INTERVAL)
 
     def _keep_running(self) -> None:
-        """Start the engine whenever none runs, until the run directory goes, the watch stops or it gives up."""
+        """Start the engine whenever none runs and it may be tried, until the run directory goes or the watch stops."""
         last_progress = ""
         while not self._stopping.is_set() and self._lock.is_current():
             status = self._run_directory.read_status()
             if status is None or wait_for_end(status.pid, LOCK_INTERVAL):
-                if not self._lock.is_current() or not self._may_start(self._run_directory.read_status()):
+                if not self._lock.is_current():
                     return
-                self._spawn()
+                if self._may_start(self._run_directory.read_status()):
+                    self._spawn()
+                else:
+                    self._stopping.wait(LOCK_INTERVAL)
             elif status.state == "ready":
                 self._end_if_hung(status.pid)
             elif status.progress != last_progress:
@@ -161,13 +163,8 @@ class EngineWatch:
             return True
         self.reap()
         deaths = self._run_directory.read_deaths()
-        if status.state == "failed":
-            if status.written_at < self._forget_deaths_before:
-                self._run_directory.write_deaths(Deaths())
-                self._run_directory.forget_requantized()
-                return True
-            if self._run_directory.is_final(status):
-                return False
+        if self._run_directory.is_final(status):
+            return False
         how = self._describe_end()
         if status.state == "loading" and not deaths.total:
             reason = f"the engine process {how} while it was loading; the server's log may say why"

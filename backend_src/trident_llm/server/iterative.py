@@ -100,6 +100,11 @@ class IterativeDoor:
         self._thread = threading.Thread(target=self._watch, name="sequence-watch", daemon=True)
         self._thread.start()
 
+    @property
+    def num_running(self) -> int:
+        """Requests that have not had their last response."""
+        return len(self._sequences)
+
     def execute(self, requests: list[Any]) -> None:
         self._executing = True
         try:

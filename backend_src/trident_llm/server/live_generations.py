@@ -28,10 +28,16 @@ class _Live:
 
 @dataclass(frozen=True)
 class Applied:
-    """What follows from a batch of deltas."""
+    """What follows from a batch of deltas, or from an error."""
 
     messages: list[Submit | Abort]
+    """For the engine."""
     notify: list[Notify]
+
+    def tell(self) -> None:
+        """Call all of ``notify``; not with the lock held that guards the generations."""
+        for notify in self.notify:
+            notify()
 
 
 class LiveGenerations:
@@ -75,12 +81,13 @@ class LiveGenerations:
         lives, self._live = list(self._live.values()), {}
         return [self._register(live) for live in lives]
 
-    def fail_all(self, error: TridentError) -> list[Notify]:
+    def fail_all(self, error: TridentError) -> Applied:
         lives, self._live = list(self._live.values()), {}
+        messages: list[Submit | Abort] = []
         for live in lives:
-            live.generation.fail(error)
+            messages += live.generation.fail(error)
             self._events.ended(live.generation)
-        return [live.notify for live in lives]
+        return Applied(messages, [live.notify for live in lives])
 
     def cancel_all(self) -> list[Abort]:
         lives, self._live = list(self._live.values()), {}

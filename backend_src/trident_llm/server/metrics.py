@@ -61,39 +61,72 @@ class _Counter:
 
 
 class MetricsPublisher:
-    """Publishes while this door holds the watch over the engine."""
+    """Publishes while this door holds the watch over the engine.
+
+    Values end with the family objects that made them, whoever else publishes under their names: so these are gone
+    before another door can hold the watch, and it goes on from the totals that were published.
+    """
 
     def __init__(self, client: EngineClient, engine_name: str) -> None:
         self._client = client
         self._labels = {"engine": engine_name}
+        self._lock = threading.Lock()
+        """Guards everything below that the server knows of."""
         self._families: list[Any] = []
         self._gauges: dict[str, Any] = {}
         self._counters: dict[str, _Counter] = {}
         self._adapters: dict[str, list[Any]] = {}
         """Families by adapter, each with one value: the server takes a value away with its whole family only."""
+        self._handed_over: dict[str, float] = {}
+        """Totals that the publisher before had reached, by counter, until the first values are published."""
         self._last: dict[str, float] = {}
         self._epoch = ""
+        client.before_watch_release(self._withdraw)
         self._closing = threading.Event()
         self._thread = threading.Thread(target=self._run, name="metrics", daemon=True)
         self._thread.start()
 
     def close(self) -> None:
+        """Take all values away."""
         self._closing.set()
         self._thread.join()
 
     def _run(self) -> None:
-        while not self._closing.wait(PUBLISH_INTERVAL):
-            if not self._client.is_watch_holder:
-                continue
-            try:
-                if not self._gauges:
-                    self._create()
-                self._publish()
-            except pb_utils.TritonModelException as error:
-                logger.info("metrics are not published: %s", error)
+        try:
+            while not self._closing.wait(PUBLISH_INTERVAL):
+                if self._client.is_watch_holder:
+                    stats = self._ask_engine()
+                    with self._lock:
+                        self._publish(stats)
+        except pb_utils.TritonModelException as error:
+            logger.info("metrics are not published: %s", error)
+        self._withdraw()
+
+    def _ask_engine(self) -> dict[str, Any] | None:
+        """None while the engine does not answer."""
+        try:
+            return self._client.command("metrics", {}, timeout=2.0)
+        except TridentError:
+            return None
+
+    def _withdraw(self) -> None:
+        """Delete every family object, and leave the totals for who publishes next."""
+        with self._lock:
+            if not self._families:
                 return
+            if self._client.run_directory.exists():
+                totals = {key: counter.published for key, counter in self._counters.items()}
+                self._client.run_directory.write_published({**self._handed_over, **totals})
+            # A metric goes before its family. Nothing else refers to either, so all end here and by this thread.
+            self._gauges.clear()
+            self._counters.clear()
+            self._adapters.clear()
+            self._families.clear()
+            self._last.clear()
+            self._epoch = ""
 
     def _create(self) -> None:
+        self._handed_over = self._client.run_directory.take_published()
         for spec in (*ENGINE_GAUGES, *SERVER_GAUGES):
             self._gauges |= self._metrics(spec.name, spec.meaning, pb_utils.MetricFamily.GAUGE, spec.series)
         for spec in (*ENGINE_COUNTERS, *SERVER_COUNTERS):
@@ -109,7 +142,16 @@ class MetricsPublisher:
 
     def _create_counters(self, name: str, description: str, series: Mapping[str, dict[str, str]]) -> None:
         for key, metric in self._metrics(name, description, pb_utils.MetricFamily.COUNTER, series).items():
-            self._counters[key] = _Counter(metric, metric.value())
+            self._counters[key] = self._counter(key, metric)
+
+    def _counter(self, key: str, metric: Any) -> _Counter:
+        """Goes on where a publisher before has ended, or was killed: then its values are still there."""
+        published = metric.value()
+        missing = self._handed_over.get(key, 0.0) - published
+        if missing > 0:
+            metric.increment(missing)
+            published += missing
+        return _Counter(metric, published)
 
     def _metrics(
         self, name: str, description: str, kind: Any, series: Mapping[str, dict[str, str]]
@@ -121,8 +163,13 @@ class MetricsPublisher:
     def _metric(self, family: Any, labels: Mapping[str, str]) -> Any:
         return family.Metric(labels={**self._labels, **labels})
 
-    def _publish(self) -> None:
-        values = self._engine_values()
+    def _publish(self, stats: Mapping[str, Any] | None) -> None:
+        """``stats``: the engine's answer to ``metrics``; None: it gave none."""
+        if not self._client.is_watch_holder:
+            return
+        if not self._families:
+            self._create()
+        values = {} if stats is None else self._engine_values(stats)
         values.update(read_doors(self._client.doors_folder))
         values["engine_ready"] = float(self._client.ready)
         values["engine_restarts_total"] = float(self._client.num_restarts)
@@ -135,18 +182,15 @@ class MetricsPublisher:
                 self._counters[name].publish(value)
             self._last[name] = value
 
-    def _engine_values(self) -> dict[str, float]:
-        """Gauges and totals of the engine; none while it does not answer."""
-        try:
-            stats = self._client.command("metrics", {}, timeout=2.0)
-        except TridentError:
-            return {}
+    def _engine_values(self, stats: Mapping[str, Any]) -> dict[str, float]:
+        """Gauges and totals of the engine."""
         values = engine_values(stats)
         if stats["epoch"] != self._epoch:
             for name in values.keys() & self._counters.keys():
                 self._counters[name].follow(values[name], is_first=not self._epoch)
             self._epoch = stats["epoch"]
         self._follow_adapters(stats.get("adapter_usage", {}).keys() - {OTHER_ADAPTERS}, values)
+        self._handed_over.clear()
         return values
 
     def _follow_adapters(self, names: Set[str], values: Mapping[str, float]) -> None:
@@ -162,5 +206,5 @@ class MetricsPublisher:
             self._adapters[name] = families
             for spec, family in zip(_ADAPTER_COUNTERS, families, strict=True):
                 metric = self._metric(family, {spec.label: name})
-                counter = self._counters[spec.key(name)] = _Counter(metric, metric.value())
+                counter = self._counters[spec.key(name)] = self._counter(spec.key(name), metric)
                 counter.follow(values[spec.key(name)], is_first=True)

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import os
+from pathlib import Path
 from typing import Any
 
 import triton_python_backend_utils as pb_utils
@@ -27,9 +28,12 @@ from .model_config import (
     is_iterative,
     parameters_of,
 )
+from .model_loads import ModelLoad, num_instances
 from .request import RequestReader
+from .server_index import ServerIndex, arguments_of, index_address
 from .streaming import StreamingDoor
 from .tracing import check_tracing
+from .unload_watch import UnloadWatch
 
 
 class _Door:
@@ -40,11 +44,12 @@ class _Door:
         configure_logging(args["model_instance_name"])
         model_config = json.loads(args["model_config"])
         parameters = parameters_of(model_config)
-        engine_name = parameters.get(ENGINE_PARAMETER) or args["model_name"]
+        engine_name = _engine_name(model_config)
         try:
             # The server is the parent of every process that runs a Python model.
             owner_pid = os.getppid()
             run_directory = RunDirectory.of(owner_pid, engine_name)
+            self._load = ModelLoad(run_directory, args["model_name"], args["model_version"])
             launch = None if ENGINE_PARAMETER in parameters else self.launch(model_config, parameters)
             self._client = EngineClient(
                 run_directory, launch=launch, owner_pid=owner_pid, log=pb_utils.Logger.log_info
@@ -59,6 +64,15 @@ class _Door:
         except TridentError as error:
             raise pb_utils.TritonModelException(str(error)) from None
         self._metrics = MetricsPublisher(self._client, engine_name)
+        index = ServerIndex(index_address(arguments_of(owner_pid)))
+        self._unload_watch = UnloadWatch(
+            self._client,
+            self._load,
+            ask_state=lambda: index.state_of(args["model_name"], args["model_version"]),
+            num_running=lambda: self._door.num_running,
+            release=self._release,
+        )
+        self._load.show(num_instances(model_config))
         freeze_loaded_objects()
 
     def launch(self, model_config: dict[str, Any], parameters: dict[str, str]) -> Launch:
@@ -79,9 +93,34 @@ class _Door:
         return self._client.ready
 
     def finalize(self) -> None:
+        self._unload_watch.close()
+        self._release(self._unload_watch.drained_for)
+
+    def _release(self, drained_for: float) -> None:
+        """Give up all that this door has of the engine; again does nothing. ``drained_for``: seconds of
+        ``drain_timeout`` that have passed."""
         self._door.close()
+        # The next publisher must find none of this one's values, and it begins when the client closes.
         self._metrics.close()
-        self._client.close()
+        self._client.close(drained_for)
+        self._load.leave()
+
+
+def _engine_name(model_config: dict[str, Any]) -> str:
+    """Of the engine that a model owns, or is a door to."""
+    return parameters_of(model_config).get(ENGINE_PARAMETER) or str(model_config["name"])
+
+
+def _begin_load(model_config: dict[str, Any]) -> None:
+    """To be called once a load, before there are doors: the server completes the config by a process of its own."""
+    arguments = arguments_of(os.getpid())
+    version = Path(arguments[0]).parent.name if arguments else ""
+    if version.isdigit():
+        try:
+            run_directory = RunDirectory.of(os.getppid(), _engine_name(model_config))
+            ModelLoad.begin(run_directory, model_config["name"], version)
+        except TridentError as error:
+            raise pb_utils.TritonModelException(str(error)) from None
 
 
 class TridentPythonModel(_Door):
@@ -89,6 +128,7 @@ class TridentPythonModel(_Door):
 
     @staticmethod
     def auto_complete_config(auto_complete_model_config: Any) -> Any:
+        _begin_load(auto_complete_model_config.as_dict())
         return complete_generation_config(auto_complete_model_config)
 
     def open_door(self, model_config: dict[str, Any], run_directory: RunDirectory) -> IterativeDoor | StreamingDoor:
@@ -103,6 +143,7 @@ class TridentAdminModel(_Door):
 
     @staticmethod
     def auto_complete_config(auto_complete_model_config: Any) -> Any:
+        _begin_load(auto_complete_model_config.as_dict())
         return complete_admin_config(auto_complete_model_config)
 
     def launch(self, model_config: dict[str, Any], parameters: dict[str, str]) -> Launch:

@@ -79,6 +79,7 @@ class RequestEvents:
             self.tracer.close()
         if self._board is not None:
             self._board.close()
+            self._board = None
 
     def _count(self, key: str) -> None:
         if self._board is not None:

@@ -14,9 +14,9 @@ from typing import Any
 
 import triton_python_backend_utils as pb_utils
 
-from ..errors import Cancelled, Overloaded, TridentError
+from ..errors import Cancelled, TridentError
 from .delivery import Delivery, Reply
-from .engine_client import EngineClient
+from .engine_client import EngineClient, being_unloaded
 from .request import RequestReader
 from .responses import FINAL, ResponseBuilder, error_response
 
@@ -53,6 +53,11 @@ class StreamingDoor:
         self._thread = threading.Thread(target=self._send_all, name="response-sender", daemon=True)
         self._thread.start()
 
+    @property
+    def num_running(self) -> int:
+        """Requests that have not had their last response."""
+        return len(self._streams)
+
     def execute(self, requests: list[Any]) -> None:
         for request in requests:
             sender = request.get_response_sender()
@@ -65,22 +70,24 @@ class StreamingDoor:
 
     def close(self) -> None:
         """End every stream with a cancelled error, and stop sending."""
-        self._closing = True
+        with self._streams_lock:
+            self._closing = True
         self._queue.put(None)
         self._thread.join()
         for stream in list(self._streams):
             self._give_up(stream)
 
     def _begin(self, stream: _Stream) -> None:
-        if self._closing:
-            raise Overloaded("the model is being unloaded; retry after 2 s")
         with self._streams_lock:
+            if self._closing:
+                raise being_unloaded()
             self._streams.add(stream)
         try:
             self._client.submit(stream.delivery.generation, functools.partial(self._notify, stream))
         except TridentError:
-            self._forget(stream)
-            raise
+            # Closing may have answered it.
+            if self._forget(stream):
+                raise
 
     def _notify(self, stream: _Stream) -> None:
         if stream.delivery.has_news and not stream.queued:
