@@ -84,12 +84,21 @@ def test_leaving_a_stream_cancels_it(leave: str):
 
 def test_ctrl_c_while_waiting_for_a_chunk_cancels_it():
     with FakeTriton(Hang()) as server, TridentClient(server.url) as client:
-        timer = threading.Timer(0.3, signal.raise_signal, [signal.SIGINT])
-        timer.start()
+        # Not before it waits: gRPC's own code would swallow the exception.
+        thread = threading.Thread(target=_interrupt_once, args=(lambda: bool(server.generations),))
+        thread.start()
         with pytest.raises(KeyboardInterrupt):
             next(client.generate("Hi"))
         assert server.generations[0].cancelled.wait(1)
-        timer.join()
+        thread.join()
+
+
+def _interrupt_once(is_asked):
+    """As Ctrl-C does, 0.3 s after ``is_asked``."""
+    while not is_asked():
+        time.sleep(0.01)
+    time.sleep(0.3)
+    signal.pthread_kill(threading.main_thread().ident, signal.SIGINT)
 
 
 def test_a_finished_stream_was_not_cancelled():

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import itertools
 from dataclasses import dataclass
 
 import pytest
@@ -9,7 +10,16 @@ import torch
 
 from tests.fakes.layer_caches import contents, layer_cache
 from tests.fakes.paged_steps import Chunk, PagedSteps
-from tests.kernels.cuda_cases import DEVICE, DTYPES, HALF_DTYPES, PDL, assert_close, poisoned, random_tensor
+from tests.kernels.cuda_cases import (
+    DEVICE,
+    DTYPES,
+    HALF_DTYPES,
+    INTERPRETED,
+    PDL,
+    assert_close,
+    poisoned,
+    random_tensor,
+)
 from trident_llm.kernels.decode_attention import (
     DecodeConfig,
     allocate_workspace,
@@ -103,9 +113,14 @@ class PagedCase:
         return torch.stack(rows)
 
 
+def with_splits(first: int, *others: int) -> list[tuple[Case, int]]:
+    """Every case with ``first`` splits, and with the others; the interpreter, which takes seconds, every third."""
+    fewer = CASES[::3] if INTERPRETED else CASES
+    return [*((case, first) for case in CASES), *itertools.product(fewer, others)]
+
+
 # With small tiles of keys each of 3 splits has several; with large ones, the last has none.
-@pytest.mark.parametrize("num_splits", [1, 3])
-@pytest.mark.parametrize("case", CASES, ids=str)
+@pytest.mark.parametrize(("case", "num_splits"), with_splits(1, 3), ids=str)
 def test_prefill(case: Case, num_splits: int) -> None:
     paged = PagedCase(case, CHUNKS)
     # Rows around the chunks belong to others: the launcher takes rows from cu_seqlens_q on.
@@ -120,8 +135,7 @@ def test_prefill(case: Case, num_splits: int) -> None:
     assert_close(out[2:], paged.expected)
 
 
-@pytest.mark.parametrize("num_splits", [1, 3, 40])
-@pytest.mark.parametrize("case", CASES, ids=str)
+@pytest.mark.parametrize(("case", "num_splits"), with_splits(3, 1, 40), ids=str)
 def test_decode(case: Case, num_splits: int) -> None:
     paged = PagedCase(case, DECODES)
     num_seqs, num_heads, head_dim = paged.q.shape

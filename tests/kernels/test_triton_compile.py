@@ -167,7 +167,8 @@ def empty_weight(
     group_size = 128 if activations == "none" else num_inputs
     codes = torch.empty(num_outputs, num_inputs, dtype=torch.float8_e4m3fn if activations == "fp8" else torch.uint8)
     scales = torch.empty(num_outputs, num_inputs // group_size)
-    return QuantizedWeight(codes, scales, scales.to(torch.uint8), bits, group_size, activations)
+    zero_points = torch.full_like(scales, 2 ** (bits - 1), dtype=torch.uint8)
+    return QuantizedWeight(codes, scales, zero_points, bits, group_size, activations)
 
 
 @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])

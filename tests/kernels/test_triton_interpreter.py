@@ -11,6 +11,8 @@ from tests.fakes.interpreter import interpret
 HERE = Path(__file__).parent
 
 
+# A file takes minutes on a slow machine, more than one test may.
+@pytest.mark.timeout(400)
 @pytest.mark.parametrize("name", sorted(path.name for path in HERE.glob("test_cuda_*.py")))
 def test_kernels_in_the_interpreter(name: str) -> None:
     result = interpret(HERE / name, "-m", "gpu")

@@ -3,8 +3,9 @@
 from __future__ import annotations
 
 import json
-import os
 import socket
+import subprocess
+import sys
 import threading
 import time
 from collections.abc import Iterator
@@ -45,7 +46,9 @@ def test_the_address_is_what_the_server_was_started_with(
 
 
 def test_command_lines_are_those_of_processes() -> None:
-    assert "pytest" in " ".join(arguments_of(os.getpid()))
+    code = "import sys; sys.stdin.read()"
+    with subprocess.Popen([sys.executable, "-c", code, "--http-port=1"], stdin=subprocess.PIPE) as process:
+        assert arguments_of(process.pid) == ["-c", code, "--http-port=1"]
     assert arguments_of(2**22 + 1) == []
 
 
