@@ -117,11 +117,16 @@ class ClientPool:
                 continue
         deadline = time.monotonic() + END_SECONDS
         for client in self._clients:
-            try:
-                client.wait(timeout=max(deadline - time.monotonic(), 0.0))
-            except subprocess.TimeoutExpired:
-                client.kill()
-                client.wait()
+            wait_or_kill(client, max(deadline - time.monotonic(), 0.0))
+
+
+def wait_or_kill(process: subprocess.Popen[Any], seconds: float) -> int:
+    """The exit code of a process that was asked to end, which it may take so long for."""
+    try:
+        return process.wait(seconds)
+    except subprocess.TimeoutExpired:
+        process.kill()
+        return process.wait()
 
 
 def _say(client: subprocess.Popen[str], message: Any) -> None:

@@ -15,7 +15,7 @@ from pathlib import Path
 from types import TracebackType
 
 import psutil
-from client_pool import BenchFailed
+from client_pool import BenchFailed, wait_or_kill
 
 START_SECONDS = 30.0
 END_SECONDS = 15.0
@@ -68,11 +68,7 @@ class ServedGateway:
     def close(self) -> None:
         """End it, by force if it takes too long."""
         self.process.terminate()
-        try:
-            self.process.wait(END_SECONDS)
-        except subprocess.TimeoutExpired:
-            self.process.kill()
-            self.process.wait()
+        wait_or_kill(self.process, END_SECONDS)
 
     def cpu_seconds(self) -> dict[int, float]:
         """CPU time since the start of each of its processes, by process id."""

@@ -15,7 +15,7 @@ from pathlib import Path
 from types import TracebackType
 
 import psutil
-from client_pool import BenchFailed
+from client_pool import BenchFailed, wait_or_kill
 
 ROOT = Path(__file__).resolve().parents[1]
 END_SECONDS = 60.0
@@ -69,11 +69,7 @@ class ServedModel:
         if self._process.poll() is not None:
             return
         self._process.terminate()
-        try:
-            code = self._process.wait(timeout=END_SECONDS)
-        except subprocess.TimeoutExpired:
-            self._process.kill()
-            code = self._process.wait()
+        code = wait_or_kill(self._process, END_SECONDS)
         if code:
             print(f"the launcher did not end well: exit code {code}{self.tail()}", file=sys.stderr)
 

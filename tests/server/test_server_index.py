@@ -46,9 +46,12 @@ def test_the_address_is_what_the_server_was_started_with(
 
 
 def test_command_lines_are_those_of_processes() -> None:
-    code = "import sys; sys.stdin.read()"
-    with subprocess.Popen([sys.executable, "-c", code, "--http-port=1"], stdin=subprocess.PIPE) as process:
-        assert arguments_of(process.pid) == ["-c", code, "--http-port=1"]
+    code = "import sys; print('begun', flush=True); sys.stdin.read()"
+    command = [sys.executable, "-c", code, "--http-port=1"]
+    with subprocess.Popen(command, stdin=subprocess.PIPE, stdout=subprocess.PIPE) as process:
+        assert process.stdout is not None
+        process.stdout.readline()
+        assert arguments_of(process.pid) == command[1:]
     assert arguments_of(2**22 + 1) == []
 
 

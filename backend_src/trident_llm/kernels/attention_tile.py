@@ -11,6 +11,10 @@ from dataclasses import dataclass
 import torch
 import triton
 import triton.language as tl
+from torch import Tensor
+
+from .checks import FLOAT_DTYPES, check_dtype, check_last_contiguous, check_shape
+from .layer_cache import LayerCache, check_layer_cache
 
 _LOG2_E = math.log2(math.e)
 _V_SCALE_UNIT: tl.constexpr = tl.constexpr(4096.0)
@@ -23,6 +27,18 @@ class ScoreScale:
 
     factor: float
     cap: float
+
+
+def check_operands(
+    q: Tensor, cache: LayerCache, seq_counts: Tensor, out: Tensor, dtypes: tuple[torch.dtype, ...] = FLOAT_DTYPES
+) -> None:
+    """Raise TypeError or ValueError unless these operands of an attention kernel fit together; q [rows, Hq, D]."""
+    check_dtype("q", q, dtypes)
+    check_layer_cache(cache, q.shape[-1])
+    check_last_contiguous("q", q, 2)
+    check_dtype("seq_counts", seq_counts, (torch.int32,))
+    check_shape("out", out, tuple(q.shape))
+    check_last_contiguous("out", out, 2)
 
 
 def score_scale(scale: float, soft_cap: float | None) -> ScoreScale:

@@ -14,9 +14,9 @@ import triton.language as tl
 from torch import Tensor
 from triton.language.extra.cuda import gdc_launch_dependents, gdc_wait
 
-from .attention_tile import attend_keys, attended, dot_precision, score_scale
-from .checks import FLOAT_DTYPES, check_dtype, check_last_contiguous, check_shape
-from .layer_cache import LayerCache, check_layer_cache
+from .attention_tile import attend_keys, attended, check_operands, dot_precision, score_scale
+from .checks import check_shape
+from .layer_cache import LayerCache
 
 _PROGRAMS_PER_PROCESSOR = 5
 """Programs whose registers and shared memory one multiprocessor of Hopper holds at once."""
@@ -219,14 +219,9 @@ def decode_attention(
     workspace: from ``allocate_workspace`` for the same num_splits.
     """
     num_seqs, num_heads = q.shape[:2]
-    check_dtype("q", q, FLOAT_DTYPES)
-    check_layer_cache(cache, q.shape[-1])
+    check_operands(q, cache, seq_counts, out)
     block_size, _, num_kv_heads, head_dim = cache.values.shape[1:]
-    check_last_contiguous("q", q, 2)
     check_shape("block_tables", block_tables, (num_seqs, -1))
-    check_dtype("seq_counts", seq_counts, (torch.int32,))
-    check_shape("out", out, tuple(q.shape))
-    check_last_contiguous("out", out, 2)
     config = config or default_config(q.dtype, head_dim, num_splits)
     constants = score_scale(scale, soft_cap)
     group = num_heads // num_kv_heads

@@ -24,7 +24,7 @@ _TILE_RANKS = 16
 _SHARES = 8
 """Warps of shrink, each with columns of its own."""
 _SHARE_BYTES = 256
-"""Columns of a warp in one step."""
+"""Of each row of x, and of A, that a warp takes in one step."""
 
 
 @dataclass(frozen=True)
@@ -42,14 +42,14 @@ def default_config(num_inputs: int) -> LoraConfig:
     return LoraConfig(inputs_per_split=2048 if num_inputs <= 4096 else 4096, tile_outputs=128, tile_entries=4)
 
 
-def joined_config(num_inputs: int, num_outputs: int) -> LoraConfig:
-    """For ``lora_updates``, which has as many more columns as there are splits.
+def joined_split(num_inputs: int, num_outputs: int) -> int:
+    """Columns per program of shrink for ``lora_updates``, which has as many more columns as there are splits.
 
     Beside a product of few outputs shrink must be short. H200, 64 rows, 8 and 32 adapters, us of a product of 4,096 x
     4,096 with its norms: 25.7 and 29.5 with 2,048 columns a split, 28.2 and 30.0 with 4,096.
     """
     few_inputs = num_inputs <= 4096 and num_outputs <= 4096
-    return LoraConfig(inputs_per_split=2048 if few_inputs else 4096, tile_outputs=128, tile_entries=4)
+    return 2048 if few_inputs else 4096
 
 
 @triton.jit
@@ -252,12 +252,13 @@ def add_lora(
 
     Equal dtypes of x, y and the layer; sums in float32.
     """
-    hidden = shrink(x, layer, rows, config=config, pdl=pdl)
+    config = config or default_config(x.shape[1])
+    hidden = shrink(x, layer, rows, inputs_per_split=config.inputs_per_split, pdl=pdl)
     expand(y, bias, hidden, layer, rows, config=config, pdl=pdl)
 
 
 def shrink(
-    x: Tensor, layer: LoraLayer, rows: LoraRows, *, config: LoraConfig | None = None, pdl: bool = False
+    x: Tensor, layer: LoraLayer, rows: LoraRows, *, inputs_per_split: int | None = None, pdl: bool = False
 ) -> Tensor:
     """A x times the rows' weights: [splits to be added up, P, T, S, R] of x's dtype.
 
@@ -266,22 +267,22 @@ def shrink(
     """
     num_rows, num_inputs = x.shape
     num_slots, num_parts, max_rank, _ = layer.a.shape
-    config = config or default_config(num_inputs)
+    inputs_per_split = inputs_per_split or default_config(num_inputs).inputs_per_split
     check_dtype("x", x, FLOAT_DTYPES)
     check_dtype("a", layer.a, (x.dtype,))
     check_shape("a", layer.a, (num_slots, num_parts, max_rank, num_inputs))
     check_last_contiguous("x", x)
     num_tiles, weights, strides = checked_rows(layer, rows, num_rows)
-    num_splits = triton.cdiv(num_inputs, config.inputs_per_split)
+    num_splits = triton.cdiv(num_inputs, inputs_per_split)
     hidden = torch.empty(num_splits, num_parts, num_rows, num_slots, max_rank, dtype=x.dtype, device=x.device)
     if num_rows:
         rank_tiles = triton.cdiv(max_rank, _TILE_RANKS)
         share_inputs = _SHARE_BYTES // x.element_size()
         _shrink_kernel[(num_tiles, num_slots * num_parts * rank_tiles, num_splits)](
             x, layer.a, layer.ranks, weights, rows.tile_slots, hidden, num_rows, num_inputs, max_rank, num_slots,
-            config.inputs_per_split, x.stride(0), *strides, NUM_PARTS=num_parts, TILE_ROWS=TILE_ROWS,
+            inputs_per_split, x.stride(0), *strides, NUM_PARTS=num_parts, TILE_ROWS=TILE_ROWS,
             TILE_RANKS=_TILE_RANKS, SHARES=_SHARES, SHARE_INPUTS=share_inputs,
-            STEPS=triton.cdiv(config.inputs_per_split, _SHARES * share_inputs),
+            STEPS=triton.cdiv(inputs_per_split, _SHARES * share_inputs),
             PADDED_SLOTS=triton.next_power_of_2(num_slots), PDL=pdl, num_warps=_SHARES,
             **({"launch_pdl": True} if pdl else {}),
         )  # fmt: skip
@@ -298,7 +299,7 @@ def expand(
     config: LoraConfig | None = None,
     pdl: bool = False,
 ) -> None:
-    """The rest of ``add_lora``, with the same ``config``."""
+    """The rest of ``add_lora``. hidden: what ``shrink`` has made."""
     num_rows, num_outputs = y.shape
     num_slots, num_parts, max_rank, num_inputs = layer.a.shape
     config = config or default_config(num_inputs)
@@ -309,8 +310,7 @@ def expand(
     check_shape("y", y, (num_rows, sum(layer.part_sizes)))
     check_last_contiguous("y", y)
     num_tiles, weights, strides = checked_rows(layer, rows, num_rows)
-    num_splits = triton.cdiv(num_inputs, config.inputs_per_split)
-    check_shape("hidden", hidden, (num_splits, num_parts, num_rows, num_slots, max_rank))
+    check_shape("hidden", hidden, (-1, num_parts, num_rows, num_slots, max_rank))
     if not num_rows:
         return
     sizes = (*layer.part_sizes, 0, 0)[:MAX_PARTS]
@@ -318,7 +318,7 @@ def expand(
     _expand_kernel[(num_tiles, output_tiles)](
         y, bias, layer.b, layer.gains, layer.ranks, layer.has_gains, weights, rows.tile_slots, hidden, num_rows,
         num_outputs, max_rank, num_slots, y.stride(0), *strides, SIZE0=sizes[0], SIZE1=sizes[1],
-        SIZE2=sizes[2], NUM_PARTS=num_parts, NUM_SPLITS=num_splits, TILE_ROWS=TILE_ROWS, TILE_RANKS=_TILE_RANKS,
+        SIZE2=sizes[2], NUM_PARTS=num_parts, NUM_SPLITS=hidden.shape[0], TILE_ROWS=TILE_ROWS, TILE_RANKS=_TILE_RANKS,
         TILE_OUTPUTS=config.tile_outputs, TILE_ENTRIES=config.tile_entries,
         PADDED_SLOTS=max(triton.next_power_of_2(num_slots), config.tile_entries), HAS_BIAS=bias is not None,
         PDL=pdl, num_warps=4, **({"launch_pdl": True} if pdl else {}),

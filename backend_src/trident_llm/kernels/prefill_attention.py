@@ -15,9 +15,9 @@ import triton.language as tl
 from torch import Tensor
 from triton.language.extra.cuda import gdc_launch_dependents, gdc_wait
 
-from .attention_tile import attend_keys, attended, dot_precision, score_scale
-from .checks import FLOAT_DTYPES, check_dtype, check_last_contiguous, check_shape
-from .layer_cache import LayerCache, check_layer_cache
+from .attention_tile import attend_keys, attended, check_operands, dot_precision, score_scale
+from .checks import check_shape
+from .layer_cache import LayerCache
 
 _PROGRAMS_PER_PROCESSOR = 2
 """Programs whose registers and shared memory one multiprocessor of Hopper holds at once."""
@@ -279,13 +279,8 @@ def prefill_attention(
     they fix the grid. workspace: from ``allocate_prefill_workspace``; the keys of each tile are split over as many
     programs as it has room for. None: each tile has one program.
     """
-    check_dtype("q", q, FLOAT_DTYPES)
-    check_layer_cache(cache, q.shape[-1])
+    check_operands(q, cache, seq_counts, out)
     block_size, _, num_kv_heads, head_dim = cache.values.shape[1:]
-    check_last_contiguous("q", q, 2)
-    check_shape("out", out, tuple(q.shape))
-    check_dtype("seq_counts", seq_counts, (torch.int32,))
-    check_last_contiguous("out", out, 2)
     num_splits = 1
     if workspace is not None:
         num_splits = workspace.partials.shape[2]

@@ -9,7 +9,6 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 
-import torch
 import triton
 from torch import Tensor
 from triton.experimental import gluon
@@ -18,11 +17,11 @@ from triton.experimental.gluon.language.nvidia.hopper import fence_async_shared,
 from triton.experimental.gluon.nvidia.hopper import TensorDescriptor
 from triton.language.extra.cuda import gdc_launch_dependents, gdc_wait
 
-from .attention_tile import score_scale
-from .checks import HALF_DTYPES, check_dtype, check_last_contiguous, check_shape
+from .attention_tile import check_operands, score_scale
+from .checks import HALF_DTYPES
 from .hopper_attend import attend_tiles
 from .hopper_load import CHUNK, GROUP_ROWS, load_tiles
-from .layer_cache import LayerCache, check_layer_cache
+from .layer_cache import LayerCache
 
 _ATTENDING_REGISTERS, _LOADING_REGISTERS = 232, 40
 """Of a thread. Two groups of warps attend, and together with the loading one share 504."""
@@ -154,14 +153,9 @@ def prefill_attention_hopper(
 
     num_processors: multiprocessors of the device.
     """
-    check_dtype("q", q, HALF_DTYPES)
-    check_layer_cache(cache, q.shape[-1])
+    check_operands(q, cache, seq_counts, out, HALF_DTYPES)
     if not takes(q, cache, None, None):
         raise ValueError(f"q is {q.dtype} {tuple(q.shape)}, values {cache.values.dtype} {tuple(cache.values.shape)}")
-    check_last_contiguous("q", q, 2)
-    check_shape("out", out, tuple(q.shape))
-    check_dtype("seq_counts", seq_counts, (torch.int32,))
-    check_last_contiguous("out", out, 2)
     block_size, _, num_kv_heads, head_dim = cache.values.shape[1:]
     config = config or DEFAULT_CONFIG
     group = q.shape[1] // num_kv_heads

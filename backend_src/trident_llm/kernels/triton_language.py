@@ -16,7 +16,7 @@ from ..engine.batch import AttentionMetadata
 from . import matrix_vector, skinny_matmul
 from .checks import HALF_DTYPES
 from .layer_cache import LayerCache
-from .lora import add_lora, expand, joined_config, shrink
+from .lora import add_lora, expand, joined_split, shrink
 from .lora_layer import LoraLayer, LoraRows
 from .lora_updates import Updates, takes_updates
 from .matrix_vector import matrix_vector as multiply_vector
@@ -264,7 +264,7 @@ class TritonLanguageKernels:
     ) -> Tensor:
         """``skinny_matmul`` with updates, into out."""
         assert isinstance(weight, Tensor)
-        hidden = shrink(x, layer, rows, config=joined_config(x.shape[1], weight.shape[0]), pdl=self._pdl)
+        hidden = shrink(x, layer, rows, inputs_per_split=joined_split(x.shape[1], weight.shape[0]), pdl=self._pdl)
         multiply_skinny(x, weight, out, updates=Updates(layer, rows, hidden), pdl=self._pdl, **options)
         return out
 

@@ -67,14 +67,12 @@ class Linear:
 
     def silu_and_mul(self, x: Rows, reader: Linear, adapters: LoraRows | None = None) -> Rows:
         """silu(gate) * up of this layer's outputs, gate first: [T, out / 2], as ``reader`` may have it."""
-        if adapters is None:
-            codes = reader.input_codes(x.shape[0], x.dtype)
-            return self._kernels.linear_silu_and_mul(x, self.weight, self.bias, codes)
-        if self.lora is None:
-            return self._kernels.silu_and_mul(self(x))
+        if adapters is not None and self.lora is not None:
+            assert isinstance(x, Tensor)
+            return self._kernels.linear_lora_silu_and_mul(x, self.weight, self.bias, self.lora, adapters)
         # Updates read 16 bits, and so do the layers they belong to.
-        assert isinstance(x, Tensor)
-        return self._kernels.linear_lora_silu_and_mul(x, self.weight, self.bias, self.lora, adapters)
+        codes = reader.input_codes(x.shape[0], x.dtype) if adapters is None else None
+        return self._kernels.linear_silu_and_mul(x, self.weight, self.bias, codes)
 
     def add_rms_norm(
         self,
@@ -89,15 +87,15 @@ class Linear:
 
         As ``reader`` may have it; a tensor if that is None.
         """
-        if adapters is None:
-            codes = None if reader is None else reader.input_codes(residual.shape[0], residual.dtype)
-            return self._kernels.linear_add_rms_norm(x, self.weight, self.bias, residual, norm_weight, eps, codes)
-        if self.lora is None:
-            return self._kernels.fused_add_rms_norm(self(x), residual, norm_weight, eps)
-        assert isinstance(x, Tensor)
-        return self._kernels.linear_lora_add_rms_norm(
-            x, self.weight, self.bias, residual, norm_weight, eps, self.lora, adapters
-        )
+        if adapters is not None and self.lora is not None:
+            assert isinstance(x, Tensor)
+            return self._kernels.linear_lora_add_rms_norm(
+                x, self.weight, self.bias, residual, norm_weight, eps, self.lora, adapters
+            )
+        codes = None
+        if reader is not None and adapters is None:
+            codes = reader.input_codes(residual.shape[0], residual.dtype)
+        return self._kernels.linear_add_rms_norm(x, self.weight, self.bias, residual, norm_weight, eps, codes)
 
 
 @dataclass(frozen=True)
