@@ -4,7 +4,8 @@
 
 One engine with ``--adapters`` random adapters of rank 16 on all linear layers: one stream and 64, without adapters,
 with one, with 8 and with all of them by turns, and how much longer than usual a step takes while another is loaded.
-Then engines with an X-LoRA mix of 4 members, top-2: without the mix, with it, and with scalings that freeze.
+Then engines with an X-LoRA mix of 4 members, top-2: without the mix, with it, and with scalings that freeze. The latter
+are counted twice: from the first token on, and (``_after_freeze``) once every stream has frozen its scalings.
 """
 
 from __future__ import annotations
@@ -68,7 +69,7 @@ def _bench_lora(args, settings: dict[str, str], folder: Path) -> None:
         adapters = names[:count] or [""]
         for streams in (1, args.streams):
             _speed(bench, streams, adapters, args.new_tokens)
-            runs = [_speed(bench, streams, adapters, args.new_tokens) for _ in range(args.runs)]
+            runs = [_speed(bench, streams, adapters, args.new_tokens)[0] for _ in range(args.runs)]
             results.record(f"streams_{streams}", "output_tok_s", runs)
     results = _results(args, "load", shown)
     results.record(f"streams_{args.streams}", "longer_step_ms", [
@@ -85,9 +86,13 @@ def _bench_mix(args, settings: dict[str, str], folder: Path, variant: str, freez
     for name, xlora in ((f"{variant}-off", False), (variant, True)):
         results = _results(args, name, shown)
         for streams in (1, args.streams):
-            _speed(bench, streams, [""], args.new_tokens, xlora=xlora)
-            runs = [_speed(bench, streams, [""], args.new_tokens, xlora=xlora) for _ in range(args.runs)]
-            results.record(f"streams_{streams}", "output_tok_s", runs)
+            counted_from = {"": 1, "_after_freeze": freeze_after + 1} if freeze_after else {"": 1}
+            speeds = [
+                _speed(bench, streams, [""], args.new_tokens, xlora=xlora, counted_from=tuple(counted_from.values()))
+                for _ in range(1 + args.runs)
+            ]
+            for suffix, runs in zip(counted_from, zip(*speeds[1:], strict=True), strict=True):
+                results.record(f"streams_{streams}{suffix}", "output_tok_s", list(runs))
     core.close()
 
 
@@ -107,17 +112,19 @@ def _made(folder: Path) -> Path:
 
 
 def _speed(
-    bench: Bench, streams: int, adapters: Sequence[str], new_tokens: int, *, xlora: bool | None = None
-) -> float:
-    """Output tokens/s once every stream has its first token; adapters by turns."""
-    waiting = _add(bench, streams, adapters, new_tokens, xlora)
-    began, counted = 0.0, 0
+    bench: Bench, streams: int, adapters: Sequence[str], new_tokens: int, *, xlora: bool | None = None,
+    counted_from: tuple[int, ...] = (1,),
+) -> tuple[float, ...]:  # fmt: skip
+    """Output tokens/s once every stream has its ``counted_from``th token, each of them; adapters by turns."""
+    have = dict.fromkeys(_add(bench, streams, adapters, new_tokens, xlora), 0)
+    reached: list[tuple[float, int]] = []
     while bench.core.has_work():
-        deltas = bench.core.step()
-        waiting -= {delta.request_id for delta in deltas}
-        if not waiting:
-            began, counted = (began, counted + len(deltas)) if began else (time.perf_counter(), 0)
-    return counted / (time.perf_counter() - began)
+        for delta in bench.core.step():
+            have[delta.request_id] += 1
+        if len(reached) < len(counted_from) and min(have.values()) >= counted_from[len(reached)]:
+            reached.append((time.perf_counter(), sum(have.values())))
+    ended, total = time.perf_counter(), sum(have.values())
+    return tuple((total - count) / (ended - began) for began, count in reached)
 
 
 def _disturbance(bench: Bench, streams: int, adapters: Sequence[str], new_tokens: int, loaded: str) -> float:

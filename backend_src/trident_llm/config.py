@@ -51,7 +51,9 @@ class EngineConfig:
         choices=("auto", "bf16", "fp16", "fp32"),
     )
     device: str = setting("auto", "auto: cuda when there is one, else cpu", choices=("auto", "cuda", "cpu"))
-    num_threads: int = setting(0, "CPU threads of the engine; 0: one per core this process may use", minimum=0)
+    num_threads: int = setting(
+        0, "CPU threads of the engine; 0: OMP_NUM_THREADS, or one per core this process may use", minimum=0
+    )
     max_model_len: int = setting(0, "longest prompt plus output, in tokens; 0: the model's own limit", minimum=0)
     max_num_seqs: int = setting(256, "most sequences in one step", minimum=1, maximum=65536)
     max_num_batched_tokens: int = setting(

@@ -12,7 +12,9 @@ from tests.adapters.helpers import AdaptedModel, make_submit, prompt_of, run
 from tests.adapters.mixes import MEMBERS, NEW_TOKENS, TestedMix
 from tests.fakes.peft_adapters import greedy, peft_blend
 from tests.fakes.peft_mixes import greedy_without_cache, scalings
+from trident_llm.engine.mix_pass import MixPass
 from trident_llm.errors import BadRequest
+from trident_llm.protocol import Submit
 
 
 def test_options_change_top_k_and_temperature(mixes: dict[str, TestedMix], adapted: AdaptedModel) -> None:
@@ -79,6 +81,52 @@ def test_frozen_scalings_stay(
     found = run(core, [submit])[submit.request_id]
     assert found == greedy_without_cache(frozen(mix.oracle, len(longer) + freeze_after), longer, 4)
     assert (core.stats()["preemptions_total"] > 0) == ("max_num_blocks" in settings)
+    core.close()
+
+
+def test_weights_are_found_again_only_when_the_batch_changes(
+    mixes: dict[str, TestedMix], adapted: AdaptedModel, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    found = 0
+    find = MixPass._find
+
+    def counted(*args: Any) -> Any:
+        nonlocal found
+        found += 1
+        return find(*args)
+
+    monkeypatch.setattr(MixPass, "_find", counted)
+    core = mixes["layerwise"].core(adapted, freeze_after=2, prefix_caching=False)
+    options: list[dict[str, Any]] = [
+        {}, {"xlora_top_k": 1, "return_scalings": True}, {"adapter": "two", "max_tokens": 6}, {"max_tokens": 12},
+        {"adapter": "one:0.5", "max_tokens": 14},
+    ]  # fmt: skip
+    requests = [
+        {"prompt": prompt_of(9 + index, seed=index), "max_tokens": 40, **option} for index, option in enumerate(options)
+    ]
+
+    def scaled_run(submits: list[Submit]) -> list[tuple[list[int], list[Any]]]:
+        answers: dict[str, tuple[list[int], list[Any]]] = {submit.request_id: ([], []) for submit in submits}
+        waiting = list(submits)
+        while waiting or core.has_work():
+            if waiting:
+                core.add(waiting.pop(0))
+            for _ in range(4):
+                for delta in core.step():
+                    answers[delta.request_id][0].extend(delta.token_ids)
+                    answers[delta.request_id][1].append(delta.scalings)
+        return list(answers.values())
+
+    alone = [scaled_run([make_submit(**request)])[0] for request in requests]
+    found, steps = 0, core.counters["steps_total"]
+    for (tokens, returned), (expected, scalings_alone) in zip(
+        scaled_run([make_submit(**request) for request in requests]), alone, strict=True
+    ):
+        assert tokens == expected
+        for one, other in zip(returned, scalings_alone, strict=True):
+            assert one == (None if other is None else {name: pytest.approx(value) for name, value in other.items()})
+    # Of the 44 steps, those with a prompt or unfrozen scalings, and those after an end.
+    assert 10 < found < (core.counters["steps_total"] - steps) * 0.7
     core.close()
 
 

@@ -6,6 +6,7 @@ import itertools
 import random
 
 import pytest
+import torch
 
 from tests.fakes.tiny_models import write_tiny_llama
 from trident_llm import EngineConfig
@@ -285,6 +286,21 @@ def test_logprobs_equal_transformers(make_core, model_folder):
 def test_settings_that_cannot_be_met_say_why(make_core, settings, message):
     with pytest.raises(BadRequest, match=message):
         make_core(**settings)
+
+
+@pytest.mark.parametrize(("asked", "variable", "expected"), [(3, "2", 3), (0, "2", 2), (0, None, 5)])
+def test_threads_are_those_asked_for_or_as_openmp_says(make_core, monkeypatch, asked, variable, expected):
+    before = torch.get_num_threads()
+    monkeypatch.delenv("OMP_NUM_THREADS", raising=False)
+    monkeypatch.setattr("os.sched_getaffinity", lambda pid: set(range(5)))
+    if variable:
+        monkeypatch.setenv("OMP_NUM_THREADS", variable)
+        torch.set_num_threads(int(variable))  # as it does when it is imported
+    try:
+        make_core(num_threads=asked)
+        assert torch.get_num_threads() == expected
+    finally:
+        torch.set_num_threads(before)
 
 
 def test_a_missing_gpu_is_said(make_core, monkeypatch):

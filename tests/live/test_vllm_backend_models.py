@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import shutil
 from collections.abc import Iterator
 
@@ -66,7 +67,11 @@ def check_answers(server: LiveServer, model: str) -> None:
 
 
 def engines(server: LiveServer) -> list[psutil.Process]:
-    return [process for process in server.run.processes() if "tests.fakes.fake_engine" in process.cmdline()]
+    found = []
+    for process in server.run.processes():
+        with contextlib.suppress(psutil.NoSuchProcess):
+            found += [process] if "tests.fakes.fake_engine" in process.cmdline() else []
+    return found
 
 
 def test_an_ensemble_has_the_door_as_a_step(server: LiveServer) -> None:

@@ -46,7 +46,8 @@ def run_users(folder: Path, users: dict[str, int], *script: Behaviour) -> tuple[
 def test_good_and_bad_answers_are_told_apart(tmp_path: Path) -> None:
     answer = Answer(tuple("abcdefgh"), delay=0.005)
     bad = (Fail("[UNAVAILABLE] the queue is full"), Break(("a",)), Answer(("a",), finish_reason="error"), Hang(("a",)))
-    users = {"stream": 1, "chat": 1, "long_prompt": 1, "burst": 1, "adapter_mix": 1}
+    # Two of each kind: the one that is left hanging does nothing more.
+    users = {"stream": 2, "chat": 2, "long_prompt": 2, "burst": 2, "adapter_mix": 2}
     records, generations = run_users(tmp_path, users, answer, *bad, answer)
     errors = Counter(record.error.split(":")[0] for record in records if record.error)
     assert errors == {"Overloaded": 1, "EngineFailed": 1, "WrongAnswer": 1, "not finished when the run was over": 1}

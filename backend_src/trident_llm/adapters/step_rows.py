@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+import itertools
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 
 import numpy as np
@@ -35,10 +36,8 @@ def host_rows(blends: Sequence[Blend | MixUse | None], lengths: Sequence[int], n
     tiles: list[dict[int, None]] = [{} for _ in range(num_tiles(num_rows))]
     runs: list[SlotRun] = []
     open_runs: dict[tuple[int, float | None], int] = {}
-    end = 0
-    for blend, length in zip(blends, lengths, strict=True):
-        start, end = end, end + length
-        for term in blend.terms if blend is not None else ():
+    for blend, start, end in _stretches(blends, lengths):
+        for term in blend.terms:
             slot = term.adapter.slot
             assert slot is not None, f"{term.adapter.name} has no slot"
             weights[start:end, slot] = term.weight or 0.0
@@ -55,3 +54,14 @@ def host_rows(blends: Sequence[Blend | MixUse | None], lengths: Sequence[int], n
         row[: len(slots)] = list(slots)
         tile_slots[0, row[: len(slots)]] = row[: len(slots)]
     return HostRows(weights, tile_slots, tuple(runs))
+
+
+def _stretches(
+    blends: Sequence[Blend | MixUse | None], lengths: Sequence[int]
+) -> Iterator[tuple[Blend | MixUse, int, int]]:
+    """Adjoining rows that take the same, with their first row and the one after their last."""
+    end = 0
+    for blend, group in itertools.groupby(zip(blends, lengths, strict=True), key=lambda pair: pair[0]):
+        start, end = end, end + sum(length for _, length in group)
+        if blend is not None:
+            yield blend, start, end

@@ -7,7 +7,9 @@ import time
 from collections.abc import Callable, Iterator
 from typing import Any
 
+import numpy as np
 import torch
+from numpy.typing import NDArray
 from torch import Tensor
 
 from ..adapters.step_rows import host_rows
@@ -22,7 +24,7 @@ from .flat_step import FlatStep, Sample, flatten
 from .host_tier import HostCopies, TransferCosts
 from .host_transfers import HostTransfers
 from .kv_cache import KVCache
-from .mix_pass import MixPass, MixPlan, count_modules, plan_mixes
+from .mix_pass import MixPass, MixPlan, MixWeights, count_modules, plan_mixes
 from .model_runner import SampledToken, StepResult
 from .scheduler import SchedulerOutput
 from .sequence import Sequence
@@ -65,6 +67,8 @@ class CudaRunner:
         num_weights = self._mix_pass.num_modules * max_num_batched_tokens * num_adapter_slots
         self._mix_weights = torch.zeros(num_weights if captures_mixes else 0, device=device)
         """What a step with mixes takes of each slot in each module; see ``_mixed_weights``."""
+        self._mixed_by: MixWeights | None = None
+        """What they were written from. Steps without mixes leave them as they are."""
         with_adapters = num_adapter_slots > 0
         shapes = graph_shapes(
             max_num_seqs, max_num_batched_tokens, adapters=with_adapters, mixes=captures_mixes
@@ -136,8 +140,9 @@ class CudaRunner:
         shape = self._graphs.find_shape(own)
         sizes = self._sizes(shape) if shape else self._exact_sizes(step)
         counts = seq_counts(step, sizes.num_seqs, padded=shape is not None)
-        self._buffers.upload(sizes, self._values(step, counts), step.block_tables)
-        means = self._find_weights(plan, step, sizes) if plan else {}
+        values = self._values(step, counts)
+        self._buffers.upload(sizes, values, step.block_tables)
+        means = self._find_weights(plan, values["adapter_weights"], sizes) if plan else {}
         if shape is None:
             tables = self._buffers.block_tables[: sizes.num_seqs, : step.table_width]
             self._forward(dataclasses.replace(own, num_seqs=sizes.num_seqs), sizes, tables)
@@ -151,15 +156,19 @@ class CudaRunner:
         ended.record()
         return StepResult(lambda: _tokens(ended, sampled, step.samples, means))
 
-    def _find_weights(self, plan: MixPlan, step: FlatStep, sizes: StepSizes) -> dict[Sequence, Tensor]:
+    def _find_weights(
+        self, plan: MixPlan, plain_on_host: NDArray[np.float32], sizes: StepSizes
+    ) -> dict[Sequence, Tensor]:
         """Run the first pass and put what it says where the second reads it; scalings on their way to the host."""
         hidden = self._first_pass.run(plan.step, self._mix_pass.pass_rows(plan)) if plan.step else None
         plain = self._buffers.views(sizes)["adapter_weights"].view(sizes.num_tokens, sizes.num_slots)
-        found = self._mix_pass.weights(plan, hidden, plain)
-        if self._mix_weights.numel() < found.weights.numel():
-            self._mix_weights = found.weights.flatten()  # no graph reads it
-        else:
-            self._mixed_weights(sizes).copy_(found.weights)
+        found = self._mix_pass.weights(plan, hidden, plain, plain_on_host)
+        if found is not self._mixed_by:
+            if self._mix_weights.numel() < found.weights.numel():
+                self._mix_weights = found.weights.flatten()  # no graph reads it
+            else:
+                self._mixed_weights(sizes).copy_(found.weights)
+            self._mixed_by = found
         return {seq: to_host(mean) for seq, mean in found.means.items()}
 
     def _mixed_weights(self, sizes: StepSizes) -> Tensor:

@@ -133,7 +133,7 @@ def load_model(
     ``kept_digest``: of the calibration text that these weights were made on before, if they were.
     """
     device = choose_device(config.device)
-    if device.type == "cpu":
+    if device.type == "cpu" and (config.num_threads or "OMP_NUM_THREADS" not in os.environ):
         torch.set_num_threads(config.num_threads or len(os.sched_getaffinity(0)))
     source = DecoderSource(config, device, progress)
     quantization = source.quantization(config)

@@ -13,6 +13,7 @@ from dataclasses import dataclass
 
 import numpy as np
 import torch
+from numpy.typing import NDArray
 from torch import Tensor
 
 from ..adapters.mix import Mix, MixUse
@@ -37,8 +38,8 @@ class _Part:
     """Its first row in the first pass."""
     num_scaled: int
     """Rows of the first pass: the tokens before its scalings are frozen."""
-    scaled_to: int
-    """The position after the last of those."""
+    freezes: bool
+    """Whether its next token is the first whose scalings are frozen."""
     samples: bool
 
 
@@ -50,7 +51,7 @@ class MixPlan:
     parts: tuple[_Part, ...]
 
 
-@dataclass(frozen=True)
+@dataclass(frozen=True, eq=False)
 class MixWeights:
     weights: Tensor
     """[M, T, S] float32: what every token of the second pass takes of each slot, in each module of the model."""
@@ -61,6 +62,16 @@ class MixWeights:
     def mean_of(self, seq: Sequence) -> list[list[float]] | None:
         """On the host: waits for the device."""
         return self.means[seq].tolist() if seq in self.means else None
+
+
+@dataclass(frozen=True)
+class _Settled:
+    """All that the weights of a step depend on whose scalings are frozen."""
+
+    parts: tuple[_Part, ...]
+    slots: tuple[tuple[Mix, tuple[int, ...]], ...]
+    num_rows: int
+    plain: bytes
 
 
 def count_modules(linears: Iterable[AdaptableLinear]) -> int:
@@ -75,8 +86,8 @@ def plan_mixes(
     paired = [item for item in output.scheduled if item.seq.companion is not None]
     if not paired:
         return None
-    scaled = [entry for entry in map(_companion_item, paired) if entry.num_tokens]
-    scaled.sort(key=lambda entry: entry.num_tokens > 1)
+    passes = {item.seq: _companion_item(item) for item in paired}
+    scaled = sorted((entry for entry in passes.values() if entry.num_tokens), key=lambda entry: entry.num_tokens > 1)
     base_rows, end = {}, 0
     for entry in scaled:
         base_rows[entry.seq] = end
@@ -86,11 +97,12 @@ def plan_mixes(
         use, companion = item.seq.blend, item.seq.companion
         if companion is not None:
             assert isinstance(use, MixUse)
-            num_scaled = _companion_item(item).num_tokens
+            num_scaled = passes[item.seq].num_tokens
             parts.append(
                 _Part(
                     seq=item.seq, use=use, token_row=row, num_tokens=item.num_tokens,
-                    base_row=base_rows.get(companion, 0), num_scaled=num_scaled, scaled_to=item.start + num_scaled,
+                    base_row=base_rows.get(companion, 0), num_scaled=num_scaled,
+                    freezes=num_scaled > 0 and item.start + num_scaled == item.seq.freeze_at,
                     samples=bool(item.sampled),
                 )
             )  # fmt: skip
@@ -138,10 +150,13 @@ class MixPass:
         self._device = device
         self._frozen: dict[Sequence, Tensor] = {}
         """[modules or 1, adapters] of each."""
+        self._settled: tuple[_Settled, MixWeights] | None = None
+        """The last step's weights, if all of its scalings were frozen."""
 
     def forget(self, seq: Sequence) -> None:
         """The sequence has ended."""
         self._frozen.pop(seq, None)
+        self._settled = None
 
     def pass_rows(self, plan: MixPlan) -> LoraRows | None:
         """What the rows of the first pass take; None where all of them take nothing."""
@@ -166,8 +181,21 @@ class MixPass:
                 tile[: len(used)] = used
         return LoraRows(weights, torch.from_numpy(tiles).to(self._device), tuple(runs))
 
-    def weights(self, plan: MixPlan, hidden: Tensor | None, plain: Tensor) -> MixWeights:
-        """hidden: [rows of the first pass, H]. plain: [T, S], what tokens without a mix take."""
+    def weights(
+        self, plan: MixPlan, hidden: Tensor | None, plain: Tensor, plain_on_host: NDArray[np.float32]
+    ) -> MixWeights:
+        """hidden: [rows of the first pass, H]. plain: [T, S], what tokens without a mix take; the host's has no rows
+        of padding. The result is the one of the step before, the same object, where nothing of it has changed."""
+        if plan.step is not None:
+            self._settled = None
+            return self._find(plan, hidden, plain)
+        slots = tuple((mix, tuple(_slots(mix))) for mix in dict.fromkeys(part.use.mix for part in plan.parts))
+        own = _Settled(plan.parts, slots, plain.shape[0], plain_on_host.tobytes())
+        if self._settled is None or self._settled[0] != own:
+            self._settled = own, self._find(plan, None, plain)
+        return self._settled[1]
+
+    def _find(self, plan: MixPlan, hidden: Tensor | None, plain: Tensor) -> MixWeights:
         weights = plain.expand(self.num_modules, *plain.shape).clone()
         means: dict[Sequence, Tensor] = {}
         by_mix: dict[Mix, list[_Part]] = defaultdict(list)
@@ -205,7 +233,7 @@ class MixPass:
         end = 0
         for part in scaled:
             end += part.num_scaled
-            if part.scaled_to == part.seq.freeze_at:
+            if part.freezes:
                 self._frozen[part.seq] = scalings[end - 1].clone()
 
     def _put_frozen(self, weights: Tensor, mix: Mix, frozen: list[_Part], kept: Tensor) -> None:

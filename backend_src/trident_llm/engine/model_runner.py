@@ -101,7 +101,7 @@ class ModelRunner:
             model_input = self._model_input(plan.step, StepAdapters(rows, rows) if rows else None)
             hidden = self.decoder.hidden_states(model_input, self.kv_cache)
         plain = host_rows(step.blends, step.seq_lens_q, self._num_adapter_slots).weights
-        return self._mix_pass.weights(plan, hidden, torch.from_numpy(plain))
+        return self._mix_pass.weights(plan, hidden, torch.from_numpy(plain), plain)
 
     def _copy_blocks(self, output: SchedulerOutput) -> None:
         if output.block_copies:
