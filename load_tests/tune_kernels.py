@@ -83,8 +83,8 @@ def _hopper_prefill() -> Iterator[Candidate]:
     for tokens in (128, 512, 2048, 8192):
         problem = Prefill(tokens, (32, 8), 128)
         for tile_keys, num_stages in ((128, 2), (64, 4), (64, 2), (128, 1)):
-            for alternate, persistent in itertools.product((False, True), (True, False)):
-                config = HopperConfig(tile_keys, num_stages, alternate, persistent)
+            for persistent in (True, False):
+                config = HopperConfig(tile_keys, num_stages, persistent)
                 yield Candidate("hopper_prefill", problem, (config,))
 
 

@@ -38,9 +38,9 @@ CASES = [
 ]
 CONFIGS = [
     None,
-    HopperConfig(128, 2, alternate=True, persistent=True),
-    HopperConfig(64, 2, alternate=False, persistent=False),
-    HopperConfig(128, 1, alternate=False, persistent=True),
+    HopperConfig(128, 2, persistent=False),
+    HopperConfig(64, 2, persistent=False),
+    HopperConfig(128, 1, persistent=True),
 ]
 
 

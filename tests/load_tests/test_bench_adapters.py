@@ -19,8 +19,11 @@ def test_every_variant_is_recorded(tmp_path: Path) -> None:
     paths = os.pathsep.join(path for path in sys.path if path)
     subprocess.run(command, env={**os.environ, "PYTHONPATH": paths}, check=True, timeout=110)
     lines = [json.loads(line) for line in (tmp_path / "out.jsonl").read_text().splitlines()]
-    assert [line["variant"] for line in lines] == [
-        "base", "base", "lora-1", "lora-1", "lora-3", "lora-3", "load", "xlora-off", "xlora-off", "xlora", "xlora",
-        "xlora-frozen-off", "xlora-frozen-off", "xlora-frozen", "xlora-frozen",
-    ]  # fmt: skip
+    recorded = {(line["variant"], line["workload"]) for line in lines}
+    variants = ("base", "lora-1", "lora-3", "xlora-off", "xlora", "xlora-frozen-off", "xlora-frozen")
+    assert len(lines) == len(recorded) and recorded == {
+        ("load", "streams_4"),
+        *((variant, workload) for variant in variants for workload in ("streams_1", "streams_4")),
+        *((variant, f"streams_{count}_after_freeze") for variant in variants[-2:] for count in (1, 4)),
+    }
     assert all(line["value"] > 0 for line in lines if line["metric"] == "output_tok_s")

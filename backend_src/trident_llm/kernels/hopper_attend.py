@@ -89,15 +89,11 @@ def _attend_keys(
     row_sum,  # [64] float32
     q_tile,  # [64, D]
     ring,
-    turns,
     count,  # of the tile of keys that probs belong to: see load_tiles
-    turn_count,
     last,
     first,
     upper,  # [64]: one past the last key a row sees
     factor,
-    WARP_GROUP: gl.constexpr,
-    ALTERNATE: gl.constexpr,
     MASKED: gl.constexpr,
     SCORES: gl.constexpr,
     PROBS: gl.constexpr,
@@ -112,15 +108,9 @@ def _attend_keys(
             stage = (count + 1) % STAGES
             v_stage = count % STAGES
             wait_for(kv_full, stage, (count + 1) // STAGES & 1)
-            if ALTERNATE:
-                # Group 0 begins: the first phase that it waits for counts as over.
-                wait_for(turns, WARP_GROUP, (turn_count & 1) ^ (1 - WARP_GROUP))
             scores = _start_scores(q_tile, k_shared.index(stage), SCORES)
             wait_for(kv_full, STAGES + v_stage, count // STAGES & 1)
             acc = warpgroup_mma(probs, v_shared.index(v_stage), acc, is_async=True)
-            if ALTERNATE:
-                _release(turns, 1 - WARP_GROUP)
-                turn_count += 1
             scores = warpgroup_mma_wait(1, deps=(scores,))
             _release(kv_empty, stage)
             values, row_max, row_sum, decay = _softmax(
@@ -132,7 +122,7 @@ def _attend_keys(
             acc *= gl.convert_layout(decay, gl.SliceLayout(1, acc.type.layout))[:, None]
             probs = gl.convert_layout(values.to(probs.dtype), PROBS)
             count += 1
-    return acc, probs, row_max, row_sum, count, turn_count
+    return acc, probs, row_max, row_sum, count
 
 
 @gluon.jit
@@ -140,7 +130,6 @@ def attend_tiles(
     out,
     queries,
     ring,
-    turns,
     sequences,
     factor,
     stride_out_token,
@@ -148,7 +137,6 @@ def attend_tiles(
     GROUP: gl.constexpr,
     PADDED_GROUP: gl.constexpr,
     BLOCK_SIZE: gl.constexpr,
-    ALTERNATE: gl.constexpr,
     WARP_GROUP: gl.constexpr,
 ):
     """What group of warps 0 or 1 does. Arguments as in the kernel."""
@@ -171,7 +159,6 @@ def attend_tiles(
     num_items = tiles[0] * NUM_KV_HEADS
     q_count = 0
     count = 0
-    turn_count = 0
     for turn in range(0, (num_items + gl.num_programs(0) - 1) // gl.num_programs(0)):
         item = take_item(turn)
         _seq, start, num_tokens, context, first_token, key_tiles = locate(
@@ -203,13 +190,13 @@ def attend_tiles(
                 wait_for(kv_full, STAGES + stage, phase)
                 _clear_rows(v_shared.index(stage), used, (used + BLOCK_SIZE - 1) // BLOCK_SIZE * BLOCK_SIZE)
 
-            acc, probs, row_max, row_sum, count, turn_count = _attend_keys(
-                acc, probs, row_max, row_sum, q_tile, ring, turns, count, turn_count, key_tiles - 2, full_tiles,
-                upper, factor, WARP_GROUP, ALTERNATE, True, SCORES, PROBS,
+            acc, probs, row_max, row_sum, count = _attend_keys(
+                acc, probs, row_max, row_sum, q_tile, ring, count, key_tiles - 2, full_tiles,
+                upper, factor, True, SCORES, PROBS,
             )  # fmt: skip
-            acc, probs, row_max, row_sum, count, turn_count = _attend_keys(
-                acc, probs, row_max, row_sum, q_tile, ring, turns, count, turn_count, full_tiles - 1, 0,
-                upper, factor, WARP_GROUP, ALTERNATE, False, SCORES, PROBS,
+            acc, probs, row_max, row_sum, count = _attend_keys(
+                acc, probs, row_max, row_sum, q_tile, ring, count, full_tiles - 1, 0,
+                upper, factor, False, SCORES, PROBS,
             )  # fmt: skip
             _release(q_empty, WARP_GROUP)
             stage = count % STAGES

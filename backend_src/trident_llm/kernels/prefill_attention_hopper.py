@@ -33,15 +33,13 @@ class HopperConfig:
     tile_keys: int
     num_stages: int
     """Tiles of K, and of V, in shared memory."""
-    alternate: bool
-    """Whether the two groups of warps take turns at the matrix units."""
     persistent: bool
     """Whether a program works on several tiles of query rows."""
 
 
-DEFAULT_CONFIG = HopperConfig(128, 2, alternate=False, persistent=True)
-"""H200, 2,048 and 8,192 tokens: 491 and 650 TFLOP/s; 490 and 598 by turns, 459 and 626 with a program for each tile,
-463 and 496 with tiles of 64 keys."""
+DEFAULT_CONFIG = HopperConfig(128, 2, persistent=True)
+"""H200, 2,048 and 8,192 tokens: 491 and 650 TFLOP/s; 459 and 626 with a program for each tile, 463 and 496 with tiles
+of 64 keys. With the groups of warps taking turns at the matrix units it was 490 and 598."""
 
 
 def takes(q: Tensor, cache: LayerCache, soft_cap: float | None, sliding_window: int | None) -> bool:
@@ -80,7 +78,6 @@ def _hopper_prefill_attention_kernel(
     HEAD_DIM: gl.constexpr,
     TILE_KEYS: gl.constexpr,
     STAGES: gl.constexpr,
-    ALTERNATE: gl.constexpr,
     ATTENDING_REGISTERS: gl.constexpr,
     LOADING_REGISTERS: gl.constexpr,
     PDL: gl.constexpr,
@@ -97,13 +94,11 @@ def _hopper_prefill_attention_kernel(
     v_shared = gl.allocate_shared_memory(DTYPE, [STAGES, TILE_KEYS, HEAD_DIM], cache_rows.layout)
     q_full = gl.allocate_shared_memory(gl.int64, [2, 1], BARRIER)
     q_empty = gl.allocate_shared_memory(gl.int64, [2, 1], BARRIER)
-    turns = gl.allocate_shared_memory(gl.int64, [2, 1], BARRIER)
     kv_full = gl.allocate_shared_memory(gl.int64, [2 * STAGES, 1], BARRIER)
     kv_empty = gl.allocate_shared_memory(gl.int64, [2 * STAGES, 1], BARRIER)
     for index in gl.static_range(2):
         mbarrier.init(q_full.index(index), count=1)
         mbarrier.init(q_empty.index(index), count=1)
-        mbarrier.init(turns.index(index), count=1)
     for index in gl.static_range(2 * STAGES):
         mbarrier.init(kv_full.index(index), count=1)
         mbarrier.init(kv_empty.index(index), count=2)
@@ -116,12 +111,12 @@ def _hopper_prefill_attention_kernel(
     gl.warp_specialize(
         [
             (attend_tiles, (
-                out, queries, ring, turns, sequences, score_factor, stride_out_token,
-                NUM_KV_HEADS, GROUP, PADDED_GROUP, BLOCK_SIZE, ALTERNATE, first,
+                out, queries, ring, sequences, score_factor, stride_out_token,
+                NUM_KV_HEADS, GROUP, PADDED_GROUP, BLOCK_SIZE, first,
             )),
             (attend_tiles, (
-                out, queries, ring, turns, sequences, score_factor, stride_out_token,
-                NUM_KV_HEADS, GROUP, PADDED_GROUP, BLOCK_SIZE, ALTERNATE, second,
+                out, queries, ring, sequences, score_factor, stride_out_token,
+                NUM_KV_HEADS, GROUP, PADDED_GROUP, BLOCK_SIZE, second,
             )),
             (load_tiles, (
                 q_heads, cache_rows, queries, ring, sequences, block_tables, stride_table, num_cached_rows,
@@ -173,6 +168,6 @@ def prefill_attention_hopper(
         q_heads, cache_rows, block_tables, cu_seqlens_q, context_lens, seq_counts, out, num_rows,
         score_scale(scale, None).factor, block_tables.stride(0), out.stride(0),
         NUM_KV_HEADS=num_kv_heads, GROUP=group, HEAD_DIM=head_dim, TILE_KEYS=config.tile_keys,
-        STAGES=config.num_stages, ALTERNATE=config.alternate, ATTENDING_REGISTERS=_ATTENDING_REGISTERS,
+        STAGES=config.num_stages, ATTENDING_REGISTERS=_ATTENDING_REGISTERS,
         LOADING_REGISTERS=_LOADING_REGISTERS, PDL=pdl, num_warps=4, **({"launch_pdl": True} if pdl else {}),
     )  # fmt: skip
