@@ -12,6 +12,7 @@ ROOT = Path(__file__).parents[2]
 
 def interpret(target: Path, *arguments: str) -> subprocess.CompletedProcess[str]:
     """The choice is made when a kernel is defined, so it needs a process of its own."""
-    command = [sys.executable, "-m", "pytest", "-q", "-x", "-p", "no:cacheprovider", *arguments, str(target)]
+    plugins = ("-p", "no:cacheprovider", "-p", "tests.fakes.patch_once")
+    command = [sys.executable, "-m", "pytest", "-q", "-x", *plugins, *arguments, str(target)]
     environment = {**os.environ, "TRITON_INTERPRET": "1", "OMP_NUM_THREADS": "1"}
     return subprocess.run(command, env=environment, cwd=ROOT, capture_output=True, text=True)
