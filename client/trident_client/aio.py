@@ -111,7 +111,7 @@ class AsyncTridentClient(AdminCommands[Coroutine[Any, Any, dict[str, Any]]]):
             response = await self._stub().ModelReady(request, timeout=deadline.remaining())
             if not response.ready:
                 return False
-            return bool((await self.admin("health", timeout=deadline.remaining())).get("ready", False))
+            return bool((await self.admin("health", timeout=deadline.left())).get("ready", False))
         except grpc.RpcError:
             return False
         except (NotFound, BadRequest):

@@ -12,9 +12,10 @@ from .cli_options import add_isq_settings
 from .cli_output import MakeCommand, print_answer, table
 from .client import TridentClient
 from .deadline import Deadline
-from .errors import BadRequest, parse_error
+from .errors import BadRequest, TimedOut, parse_error
 
 _POLL_SECONDS = 0.5
+_UNFINISHED = "the job did not end within the timeout; it goes on"
 _COLUMNS = ("id", "command", "state", "seconds", "progress", "error")
 
 
@@ -87,8 +88,11 @@ def _follow(
         if job["progress"] != told:
             told = job["progress"]
             print(told, file=sys.stderr, flush=True)
-        time.sleep(deadline.cut(_POLL_SECONDS, "the job did not end within the timeout; it goes on"))
-        job = client.job(job["id"], timeout=deadline.remaining())
+        time.sleep(deadline.cut(_POLL_SECONDS, _UNFINISHED))
+        try:
+            job = client.job(job["id"], timeout=deadline.left(_UNFINISHED))
+        except TimedOut:
+            raise TimedOut(_UNFINISHED) from None
     if job["state"] == "failed":
         raise parse_error(job["error"])
     return print_answer(job, arguments, f"done in {job['seconds']:.1f} s: {job['progress']}")

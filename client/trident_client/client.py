@@ -119,7 +119,7 @@ class TridentClient(AdminCommands[dict[str, Any]]):
         request = service_pb2.ModelReadyRequest(name=self.model)
         try:
             response = self._stub.ModelReady(request, timeout=deadline.remaining())
-            return bool(response.ready and self.admin("health", timeout=deadline.remaining()).get("ready", False))
+            return bool(response.ready and self.admin("health", timeout=deadline.left()).get("ready", False))
         except grpc.RpcError:
             return False
         except (NotFound, BadRequest):

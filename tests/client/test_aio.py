@@ -20,6 +20,7 @@ from trident_client import (
     TimedOut,
     TridentClient,
 )
+from trident_client.deadline import Deadline
 
 QUICK = RetryPolicy(retries=3, first_delay=0.01, max_delay=1.0)
 
@@ -146,6 +147,15 @@ async def test_no_server_is_unavailable():
         with pytest.raises(Overloaded, match="no connection"):
             await client.generate("Hi", stream=False)
         assert not await client.is_ready()
+
+
+@in_a_loop
+async def test_a_server_that_took_all_the_time_is_not_ready(monkeypatch: pytest.MonkeyPatch):
+    left = iter([5.0, 0.0])
+    monkeypatch.setattr(Deadline, "remaining", lambda self: next(left))
+    with FakeTriton() as server:
+        async with AsyncTridentClient(server.url) as client:
+            assert not await client.is_ready()
 
 
 @in_a_loop

@@ -11,6 +11,7 @@ import pytest
 from tests.fakes.fake_triton import FakeTriton
 from trident_client import AsyncTridentClient, TridentClient, cli_requantize
 from trident_client.cli import EXIT_BAD_REQUEST, EXIT_FAILED, main
+from trident_client.deadline import Deadline
 
 BEGUN = {"id": "ab12", "command": "requantize", "state": "running", "progress": "starting", "error": "", "seconds": 0.0}
 DONE = {**BEGUN, "state": "done", "progress": "quantized in 1.0 s", "seconds": 1.5}
@@ -49,6 +50,16 @@ def test_requantize_follows_its_job(capsys: pytest.CaptureFixture[str]) -> None:
         assert capsys.readouterr().out == "job ab12; trident jobs tells how it stands\n"
         assert run(server, "requantize") == EXIT_BAD_REQUEST
         assert "no settings are given" in capsys.readouterr().err
+
+
+def test_a_pause_that_outlasts_the_timeout_is_no_wrong_option(
+    capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(Deadline, "cut", lambda self, delay, problem: 0.4)
+    with FakeTriton() as server:
+        server.results |= {"requantize": BEGUN, "job": BEGUN}
+        assert run(server, "requantize", "--method", "awq", "--timeout", "0.3") == EXIT_FAILED
+        assert "the job did not end within the timeout; it goes on" in capsys.readouterr().err
 
 
 def test_calibrate_and_jobs(capsys: pytest.CaptureFixture[str]) -> None:

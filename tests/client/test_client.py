@@ -23,6 +23,7 @@ from trident_client import (
     TridentClient,
     TridentError,
 )
+from trident_client.deadline import Deadline
 
 QUICK = RetryPolicy(retries=3, first_delay=0.01, max_delay=1.0)
 
@@ -256,6 +257,13 @@ def test_admin_commands_return_their_result():
         with pytest.raises(BadRequest, match="command: 'load'"):
             client.admin("load", name="a")
         assert server.commands[-1] == ("load", {"name": "a"})
+
+
+def test_a_server_that_took_all_the_time_is_not_ready(monkeypatch: pytest.MonkeyPatch):
+    left = iter([5.0, 0.0])
+    monkeypatch.setattr(Deadline, "remaining", lambda self: next(left))
+    with FakeTriton() as server, TridentClient(server.url) as client:
+        assert not client.is_ready()
 
 
 def test_readiness_asks_the_engine_where_it_can():
