@@ -82,11 +82,11 @@ def _bench_mix(args, settings: dict[str, str], folder: Path, variant: str, freez
     mix = write_random_mix(folder / "mix", args.model, members=MEMBERS, rank=RANK, top_k=TOP_K)
     shown = {**settings, "max_loras": str(MEMBERS), "freeze_after": str(freeze_after)}
     core = _make_core(args.model, {**shown, "xlora": str(mix)})
+    counted_from = {"": 1, "_after_freeze": freeze_after + 1} if freeze_after else {"": 1}
     bench = Bench(core)
     for name, xlora in ((f"{variant}-off", False), (variant, True)):
         results = _results(args, name, shown)
         for streams in (1, args.streams):
-            counted_from = {"": 1, "_after_freeze": freeze_after + 1} if freeze_after else {"": 1}
             speeds = [
                 _speed(bench, streams, [""], args.new_tokens, xlora=xlora, counted_from=tuple(counted_from.values()))
                 for _ in range(1 + args.runs)

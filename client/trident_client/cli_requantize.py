@@ -90,7 +90,7 @@ def _follow(
             print(told, file=sys.stderr, flush=True)
         time.sleep(deadline.cut(_POLL_SECONDS, _UNFINISHED))
         try:
-            job = client.job(job["id"], timeout=deadline.left(_UNFINISHED))
+            job = client.job(job["id"], timeout=deadline.left())
         except TimedOut:
             raise TimedOut(_UNFINISHED) from None
     if job["state"] == "failed":

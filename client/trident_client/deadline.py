@@ -27,11 +27,11 @@ class Deadline:
         """Seconds left, as gRPC takes them: never negative."""
         return None if self.at is None else max(0.0, self.at - time.monotonic())
 
-    def left(self, problem: str = "the server did not answer within the timeout") -> float | None:
+    def left(self) -> float | None:
         """Seconds left, for a call that wants more than none; otherwise raises ``TimedOut``."""
         remaining = self.remaining()
         if remaining == 0.0:
-            raise TimedOut(problem)
+            raise TimedOut("the server did not answer within the timeout")
         return remaining
 
     def cut(self, delay: float, problem: str = "the server had no room within the timeout") -> float:

@@ -70,7 +70,8 @@ def engines(server: LiveServer) -> list[psutil.Process]:
     found = []
     for process in server.run.processes():
         with contextlib.suppress(psutil.NoSuchProcess):
-            found += [process] if "tests.fakes.fake_engine" in process.cmdline() else []
+            if "tests.fakes.fake_engine" in process.cmdline():
+                found.append(process)
     return found
 
 
