@@ -17,9 +17,13 @@ from trident_llm.kernels.packed_bytes import pack_bytes
 from trident_llm.kernels.packed_weight import pack
 from trident_llm.kernels.prefill_attention import prefill_attention
 from trident_llm.kernels.prefill_attention_hopper import HopperConfig, prefill_attention_hopper
+from trident_llm.kernels.quantize_rows import quantize_rows
 from trident_llm.kernels.quantized_matmul import quantized_matmul
+from trident_llm.kernels.quantized_matmul_hopper import quantized_matmul_hopper
 from trident_llm.kernels.quantized_vector import quantized_vector
 from trident_llm.kernels.quantized_weight import QuantizedWeight
+from trident_llm.kernels.scaled_matmul import scaled_matmul
+from trident_llm.kernels.scaled_matmul_hopper import scaled_matmul_hopper
 from trident_llm.kernels.skinny_matmul import skinny_matmul
 from trident_llm.kernels.unpack_weight import unpack_weight
 from trident_llm.quantization import fp8, smoothquant
@@ -124,7 +128,8 @@ class QuantizedLinear:
     def release(self) -> None:
         release(self)
 
-    def launches(self, kind: str, config: Any, pdl: bool = True) -> list[Launch]:
+    def launches(self, kind: str, config: Any, pdl: bool = True, num_processors: int = 132) -> list[Launch]:
+        """num_processors: of the device, for kinds that are Hopper's."""
         num_outputs = self.weights[0].shape[0] // (2 if self.silu else 1)
         if kind == "unpack":
             self.out = self.x.new_empty(self.weights[0].shape)
@@ -135,10 +140,19 @@ class QuantizedLinear:
                 lambda w=w: quantized_vector(self.x, w, self.out, silu_and_mul=self.silu, config=config, pdl=pdl)
                 for w in self.weights
             ]
-        if config.num_splits > 1:
+        if getattr(config, "num_splits", 1) > 1:
             self.out = torch.empty(config.num_splits, *self.out.shape, dtype=torch.float32, device=self.x.device)
+        if kind in ("scaled", "hopper_scaled"):
+            x = quantize_rows(self.x, self.weights[0].codes.dtype)
+            scaled = (
+                scaled_matmul if kind == "scaled" else partial(scaled_matmul_hopper, num_processors=num_processors)
+            )
+            return [lambda w=w: scaled(x, w, self.out, config=config, pdl=pdl) for w in self.weights]
+        multiply = (
+            partial(quantized_matmul_hopper, num_processors=num_processors) if kind == "hopper" else quantized_matmul
+        )
         return [
-            lambda w=w: quantized_matmul(self.x, w, self.out, silu_and_mul=self.silu, config=config, pdl=pdl)
+            lambda w=w: multiply(self.x, w, self.out, silu_and_mul=self.silu, config=config, pdl=pdl)
             for w in self.weights
         ]
 

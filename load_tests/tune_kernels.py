@@ -25,14 +25,17 @@ from kernel_problems import LINEAR_SHAPES, Decode, Linear, Prefill, QuantizedLin
 from lora_problem import Lora
 from row_problems import NormRows, SiluRows
 
+from trident_llm.kernels import quantized_matmul, scaled_matmul
 from trident_llm.kernels.decode_attention import DecodeConfig
 from trident_llm.kernels.lora import LoraConfig
 from trident_llm.kernels.matrix_vector import MatrixVectorConfig
 from trident_llm.kernels.prefill_attention import PrefillConfig
 from trident_llm.kernels.prefill_attention_hopper import HopperConfig
 from trident_llm.kernels.quantized_matmul import QuantizedConfig
+from trident_llm.kernels.quantized_matmul_hopper import HopperMatmulConfig
 from trident_llm.kernels.quantized_vector import VectorConfig
 from trident_llm.kernels.rms_norm import NormConfig
+from trident_llm.kernels.scaled_matmul_hopper import HopperScaledConfig
 from trident_llm.kernels.silu_and_quantize import SiluConfig
 from trident_llm.kernels.skinny_matmul import SkinnyConfig
 
@@ -56,7 +59,9 @@ def candidates() -> Iterator[Candidate]:
     yield from _matrix_vector()
     yield from _skinny()
     yield from _quantized()
+    yield from _hopper_quantized()
     yield from _scaled()
+    yield from _hopper_scaled()
     yield from _rows()
     yield from _lora()
 
@@ -166,6 +171,37 @@ def _quantized() -> Iterator[Candidate]:
     yield Candidate("quantized", QuantizedLinear("gate_up", 1), ("unpack", None))
 
 
+def _hopper_quantized() -> Iterator[Candidate]:
+    """For devices of compute capability 9.0, beside the kernel for all devices. Panels, stages of x and of words."""
+    for name, rows in itertools.product(("qkv", "o", "gate_up", "down"), (16, 64, 128, 256, 2048)):
+        for silu in (False, True) if name == "gate_up" and rows <= 128 else (False,):
+            problem = QuantizedLinear(name, rows, silu=silu)
+            few = name != "gate_up"
+            if rows <= quantized_matmul.MAX_ROWS:
+                plain = quantized_matmul.default_config(
+                    rows, LINEAR_SHAPES[name][0] // (2 if silu else 1), silu_and_mul=silu, may_split=few
+                )
+                yield Candidate("hopper_quantized", problem, ("quantized", plain))
+            for panels, tile_rows, x_stages, word_stages in _HOPPER_TILES[rows]:
+                if silu and panels == 1:
+                    continue
+                for splits in (1,) if not few or rows > 512 else _HOPPER_SPLITS[panels, max(rows // 128, 1)]:
+                    config = HopperMatmulConfig(panels, tile_rows, x_stages, word_stages, splits)
+                    yield Candidate("hopper_quantized", problem, ("hopper", config))
+
+
+_HOPPER_TILES = {
+    16: [(2, 16, 16, 5), (2, 16, 8, 3), (1, 16, 16, 8)],
+    64: [(2, 64, 8, 4), (2, 64, 12, 3), (1, 64, 8, 8), (1, 64, 12, 6)],
+    128: [(2, 128, 5, 3), (2, 128, 6, 3), (1, 128, 8, 4), (1, 128, 6, 6)],
+    256: [(2, 128, 5, 3), (2, 128, 8, 2), (1, 256, 4, 4), (1, 256, 5, 3)],
+    2048: [(2, 128, 5, 3), (2, 128, 8, 2), (1, 256, 4, 4), (1, 256, 5, 3)],
+}
+"""By rows."""
+_HOPPER_SPLITS = {(2, 1): (4, 8), (1, 1): (2, 4, 8), (2, 2): (1, 2, 4), (1, 2): (1, 2, 4)}
+"""By panels and tiles of rows."""
+
+
 def _scaled() -> Iterator[Candidate]:
     """The vector kernel on 8-bit numbers without groups: outputs, warps, depth."""
     configs = [(16, 4, 4), (16, 4, 7), (16, 2, 8), (16, 8, 2), (16, 8, 4), (16, 4, 2), (32, 4, 4), (32, 4, 2),
@@ -175,6 +211,22 @@ def _scaled() -> Iterator[Candidate]:
             problem = QuantizedLinear(name, 1, bits=8, silu=silu, activations=activations)
             for config in configs:
                 yield Candidate("scaled", problem, ("vector", VectorConfig(*config)))
+
+
+def _hopper_scaled() -> Iterator[Candidate]:
+    """For devices of compute capability 9.0, beside the kernel for all devices: outputs of a group, rows, stages."""
+    tiles = {
+        64: [(64, 64, 8), (128, 64, 5)],
+        128: [(64, 128, 6), (128, 128, 4)],
+        256: [(64, 256, 4), (128, 128, 4), (64, 128, 6)],
+        2048: [(64, 256, 4), (128, 128, 4)],
+    }
+    for name, rows in itertools.product(("qkv", "o", "gate_up", "down"), tiles):
+        problem = QuantizedLinear(name, rows, bits=8, activations="int8")
+        yield Candidate("hopper_scaled", problem, ("scaled", scaled_matmul.default_config(rows)))
+        for tile in tiles[rows]:
+            for splits in (1,) if name == "gate_up" or rows > 512 else (1, 2, 4):
+                yield Candidate("hopper_scaled", problem, ("hopper_scaled", HopperScaledConfig(*tile, splits)))
 
 
 def _rows() -> Iterator[Candidate]:

@@ -17,6 +17,7 @@ from trident_llm.kernels.quantized_weight import BITS
 from trident_llm.kernels.scaled_linear import ScaledLinear
 
 pytestmark = pytest.mark.gpu
+HOPPER_PROCESSORS = [None, 132] if torch.cuda.is_available() and torch.cuda.get_device_capability()[0] == 9 else [None]
 
 
 @pytest.mark.parametrize("bits", [4, 8])
@@ -37,10 +38,11 @@ def test_quantized_vector(dtype: torch.dtype, num_rows: int, group_size: int, bi
         assert_close(out, torch.nn.functional.silu(gate) * up)
 
 
+@pytest.mark.parametrize("hopper_processors", HOPPER_PROCESSORS)
 @pytest.mark.parametrize("bits", BITS)
 @pytest.mark.parametrize("num_rows", [1, 7, 16, 40, 100, 200, 500])
-def test_the_linear_layer_of_every_row_count(num_rows: int, bits: int) -> None:
-    linear, dtype = QuantizedLinear(pdl=PDL), torch.bfloat16
+def test_the_linear_layer_of_every_row_count(num_rows: int, bits: int, hopper_processors: int | None) -> None:
+    linear, dtype = QuantizedLinear(pdl=PDL, hopper_processors=hopper_processors), torch.bfloat16
     weight, x = random_weight((512, 1024, 128), bits), random_tensor(num_rows, 1024, dtype=dtype)
     packed, bias = pack(weight), random_tensor(512, dtype=dtype, seed=2)
     expected = product(x, weight)
@@ -69,10 +71,13 @@ def test_quantized_vector_of_bytes(num_rows: int, dtype: torch.dtype, codes: tor
     assert_close(out, torch.nn.functional.silu(gate) * up)
 
 
+@pytest.mark.parametrize("hopper_processors", HOPPER_PROCESSORS)
 @pytest.mark.parametrize("codes", CODES, ids=str)
 @pytest.mark.parametrize("num_rows", [1, 16, 40, 100, 500])
-def test_the_scaled_linear_layer_of_every_row_count(num_rows: int, codes: torch.dtype) -> None:
-    linear, dtype = ScaledLinear(pdl=PDL), torch.bfloat16
+def test_the_scaled_linear_layer_of_every_row_count(
+    num_rows: int, codes: torch.dtype, hopper_processors: int | None
+) -> None:
+    linear, dtype = ScaledLinear(pdl=PDL, hopper_processors=hopper_processors), torch.bfloat16
     weight, x = random_bytes((512, 1024), codes), random_tensor(num_rows, 1024, dtype=dtype)
     packed, bias = pack_bytes(weight), random_tensor(512, dtype=dtype, seed=2)
     # Activations lose up to a step of 1/127 or of 1/16; over 1,024 of them about 1 and 3%.

@@ -30,6 +30,7 @@ from trident_llm.kernels.token_logprobs import token_logprobs
 from trident_llm.kernels.triton_language import TritonLanguageKernels
 
 KERNELS = TritonLanguageKernels(num_processors=132, pdl=True)
+KERNELS_OF_HOPPER = TritonLanguageKernels(num_processors=132, pdl=True, hopper=True)
 CPU = torch.device("cpu")
 
 
@@ -99,7 +100,7 @@ def test_warps_of_prefill_attention_on_hopper_have_their_duties(
     hopper: FakeHopperDriver, tmp_path: Path, heads: int, block_size: int, dtype: torch.dtype
 ) -> None:
     """Registers move to the attending warps, none is spilled, and exponentials run beside matrix instructions."""
-    kernels = TritonLanguageKernels(num_processors=132, pdl=True, hopper=True)
+    kernels = KERNELS_OF_HOPPER
     steps = PagedSteps(1, max_len=256, block_size=block_size)
     plan = kernels.plan_attention(steps.metadata([Chunk(0, 0, 200)]), dtype=dtype)
     cache = LayerCache(torch.empty(steps.num_blocks, block_size, 2, 8, 128, dtype=dtype))
@@ -132,7 +133,7 @@ def test_other_prompts_on_hopper_keep_the_kernel_for_all_devices(
 ) -> None:
     case = {"soft_cap": None, "sliding_window": None, "block_size": 16, "head_dim": 128, "heads": 32,
             "dtype": torch.bfloat16} | changed  # fmt: skip
-    kernels = TritonLanguageKernels(num_processors=132, pdl=True, hopper=True)
+    kernels = KERNELS_OF_HOPPER
     steps = PagedSteps(1, max_len=480, block_size=case["block_size"])
     metadata = steps.metadata([Chunk(0, 0, 200)])
     plan = kernels.plan_attention(metadata, dtype=case["dtype"], sliding_window=case["sliding_window"])
@@ -189,6 +190,41 @@ def test_quantized_linear(hopper: FakeHopperDriver, bits: int, dtype: torch.dtyp
     )
 
 
+@pytest.mark.parametrize("num_rows", [16, 64, 256])
+@pytest.mark.parametrize("silu", [False, True])
+def test_words_are_unpacked_beside_matrix_instructions_on_hopper(
+    hopper: FakeHopperDriver, tmp_path: Path, num_rows: int, silu: bool
+) -> None:
+    """Few registers are spilled, and a product waits for the one before last until a block's words are used up."""
+    weight, x = KERNELS_OF_HOPPER.pack_linear(empty_weight(6144, 4096, 4)), torch.empty(num_rows, 4096).bfloat16()
+    if silu:
+        KERNELS_OF_HOPPER.linear_silu_and_mul(x, weight)
+    else:
+        KERNELS_OF_HOPPER.linear(x, weight)
+    name, _, shared = hopper.compiled[0]
+    assert name == "_hopper_quantized_matmul_kernel"
+    assert shared <= 227 * 1024
+    assert stack_bytes(hopper, name, tmp_path) <= 16
+    code = machine_code(hopper, name, tmp_path)
+    panels = 1 if num_rows == 256 else 2
+    assert code.count("HGMMA") == 2 * panels * 4 * 4
+    waits = "".join(re.findall(r"WARPGROUP.DEPBAR.LE gsb0, 0x(\d)", code))
+    assert waits == f"{panels}{panels}{panels}0" * 2
+
+
+@pytest.mark.parametrize("num_rows", [16, 300, 3000])
+def test_int8_on_hopper(hopper: FakeHopperDriver, tmp_path: Path, num_rows: int) -> None:
+    weight = KERNELS_OF_HOPPER.pack_linear(empty_weight(6144, 4096, 8, "int8"))
+    rows = quantize_rows(torch.empty(num_rows, 4096, dtype=torch.bfloat16), torch.int8, pdl=True)
+    KERNELS_OF_HOPPER.linear(rows, weight)
+    names = [name for name, _, _ in hopper.compiled]
+    assert names[:2] == ["_quantize_rows_kernel", "_hopper_scaled_matmul_kernel"]
+    assert_no_stack(hopper, names[1], tmp_path)
+    code = machine_code(hopper, names[1], tmp_path)
+    assert code.count("IGMMA") >= 8
+    assert "".join(re.findall(r"WARPGROUP.DEPBAR.LE gsb0, 0x(\d)", code)) == "1010"
+
+
 def test_words_of_few_rows_go_straight_to_the_matrix_instruction(hopper: FakeHopperDriver, tmp_path: Path) -> None:
     """Loads of 16 bytes, and shared memory for nothing but the warps' sums."""
     KERNELS.linear(torch.empty(1, 4096, dtype=torch.bfloat16), KERNELS.pack_linear(empty_weight(512, 4096, 4)))
@@ -229,12 +265,17 @@ def test_rows_that_become_8_bits_stay_in_registers(
         assert_no_stack(hopper, "_silu_and_quantize_kernel", tmp_path)
 
 
-def assert_no_stack(hopper: FakeHopperDriver, name: str, folder: Path) -> None:
+def stack_bytes(hopper: FakeHopperDriver, name: str, folder: Path) -> int:
+    """Local memory of a thread of a kernel."""
     cubin = folder / "kernel.cubin"
     cubin.write_bytes(hopper.machine_code[name])
     tool = Path(triton.backends.nvidia.__file__).parent / "bin" / "cuobjdump"
     usage = subprocess.run([tool, "--dump-resource-usage", cubin], capture_output=True, text=True, check=True).stdout
-    assert " STACK:0 " in usage and " LOCAL:0 " in usage
+    return sum(int(size) for size in re.findall(r" (?:STACK|LOCAL):(\d+) ", usage))
+
+
+def assert_no_stack(hopper: FakeHopperDriver, name: str, folder: Path) -> None:
+    assert stack_bytes(hopper, name, folder) == 0
 
 
 @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16, torch.float32])

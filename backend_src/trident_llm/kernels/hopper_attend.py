@@ -10,23 +10,16 @@ from triton.experimental import gluon
 from triton.experimental.gluon import language as gl
 from triton.experimental.gluon.language.nvidia.hopper import (
     fence_async_shared,
-    mbarrier,
     warpgroup_mma,
     warpgroup_mma_wait,
 )
 
-from .hopper_load import CHUNK, GROUP_ROWS, count_tiles, locate, take_item, wait_for
+from .hopper_barriers import barrier, release, wait_for
+from .hopper_load import CHUNK, GROUP_ROWS, count_tiles, locate, take_item
 
-_barrier = getattr(gl, "barrier", None) or gl.thread_barrier
-"""Of the warps that run it. The name depends on Triton's version."""
 _NEEDED: gl.constexpr = gl.constexpr(
     "{ .reg .pred never; setp.lt.f32 never, $1, 0f00000000; @never nanosleep.u32 1; mov.b32 $0, $1; }"
 )
-
-
-@gluon.jit
-def _release(barriers, index):
-    mbarrier.arrive(barriers.index(index), count=1)
 
 
 @gluon.jit
@@ -78,7 +71,7 @@ def _clear_rows(v_tile, first, end) -> None:
             values = target.load(LAYOUT)
             target.store(gl.where(keep[:, None], values, gl.zeros_like(values)))
     fence_async_shared()
-    _barrier()
+    barrier()
 
 
 @gluon.jit
@@ -112,13 +105,13 @@ def _attend_keys(
             wait_for(kv_full, STAGES + v_stage, count // STAGES & 1)
             acc = warpgroup_mma(probs, v_shared.index(v_stage), acc, is_async=True)
             scores = warpgroup_mma_wait(1, deps=(scores,))
-            _release(kv_empty, stage)
+            release(kv_empty, stage)
             values, row_max, row_sum, decay = _softmax(
                 scores, row_max, row_sum, (last - tile) * TILE_KEYS, upper, factor, MASKED
             )
             row_sum = _computed(row_sum)
             acc = warpgroup_mma_wait(0, deps=(acc,))
-            _release(kv_empty, STAGES + v_stage)
+            release(kv_empty, STAGES + v_stage)
             acc *= gl.convert_layout(decay, gl.SliceLayout(1, acc.type.layout))[:, None]
             probs = gl.convert_layout(values.to(probs.dtype), PROBS)
             count += 1
@@ -176,7 +169,7 @@ def attend_tiles(
             wait_for(q_full, WARP_GROUP, q_count & 1)
             wait_for(kv_full, stage, phase)
             scores = warpgroup_mma_wait(0, deps=(_start_scores(q_tile, k_shared.index(stage), SCORES),))
-            _release(kv_empty, stage)
+            release(kv_empty, stage)
             row_max = gl.full([GROUP_ROWS], -1e30, gl.float32, layout=gl.SliceLayout(1, SCORES))
             row_sum = gl.zeros([GROUP_ROWS], gl.float32, layout=gl.SliceLayout(1, SCORES))
             values, row_max, row_sum, _decay = _softmax(
@@ -198,12 +191,12 @@ def attend_tiles(
                 acc, probs, row_max, row_sum, q_tile, ring, count, full_tiles - 1, 0,
                 upper, factor, False, SCORES, PROBS,
             )  # fmt: skip
-            _release(q_empty, WARP_GROUP)
+            release(q_empty, WARP_GROUP)
             stage = count % STAGES
             wait_for(kv_full, STAGES + stage, count // STAGES & 1)
             acc = warpgroup_mma(probs, v_shared.index(stage), acc, is_async=True)
             acc = warpgroup_mma_wait(0, deps=(acc,))
-            _release(kv_empty, STAGES + stage)
+            release(kv_empty, STAGES + stage)
             count += 1
             q_count += 1
 

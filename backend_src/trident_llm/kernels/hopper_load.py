@@ -12,6 +12,8 @@ from triton.experimental import gluon
 from triton.experimental.gluon import language as gl
 from triton.experimental.gluon.language.nvidia.hopper import mbarrier, tma
 
+from .hopper_barriers import wait_for
+
 GROUP_ROWS: gl.constexpr = gl.constexpr(64)
 """Query rows of a group of warps: those of its matrix instruction."""
 CHUNK: gl.constexpr = gl.constexpr(64)
@@ -67,11 +69,6 @@ def locate(
     end_key = gl.minimum(context - num_tokens + first_token + TILE_TOKENS, context)
     key_tiles = gl.where(inside & (first_token < num_tokens), (end_key + TILE_KEYS - 1) // TILE_KEYS, 0)
     return seq, start, num_tokens, context, first_token, key_tiles
-
-
-@gluon.jit
-def wait_for(barriers, index, phase):
-    mbarrier.wait(barriers.index(index), phase)
 
 
 @gluon.jit

@@ -1,0 +1,20 @@
+"""Barriers in shared memory by which warps of different duties hand buffers on, in Gluon for Hopper."""
+
+from __future__ import annotations
+
+from triton.experimental import gluon
+from triton.experimental.gluon import language as gl
+from triton.experimental.gluon.language.nvidia.hopper import mbarrier
+
+barrier = getattr(gl, "barrier", None) or gl.thread_barrier
+"""Of the warps that run it. The name depends on Triton's version."""
+
+
+@gluon.jit
+def wait_for(barriers, index, phase):
+    mbarrier.wait(barriers.index(index), phase)
+
+
+@gluon.jit
+def release(barriers, index, condition=True):
+    mbarrier.arrive(barriers.index(index), count=1, pred=condition)

@@ -1,0 +1,57 @@
+"""Tiles of a product in Gluon for Hopper: which one is whose turn, and its way to memory. Knows no operands."""
+
+from __future__ import annotations
+
+from triton.experimental import gluon
+from triton.experimental.gluon import language as gl
+
+_NEIGHBOURS: gl.constexpr = gl.constexpr(16)
+"""Tiles of rows that are multiplied one after another with the same outputs: their x stays in the L2 cache."""
+
+
+@gluon.jit
+def count_items(work):
+    row_tiles, output_tiles, splits, _blocks = work
+    return row_tiles * output_tiles * splits
+
+
+@gluon.jit
+def locate_tile(item, work):
+    """Of an item of work: its tiles of rows and outputs, its part of the sum, and that part's first and end block.
+
+    work: numbers of tiles of rows and of outputs, of parts of a sum, and of blocks of inputs.
+    """
+    row_tiles, output_tiles, splits, blocks = work
+    share = (blocks + splits - 1) // splits
+    split = item // (row_tiles * output_tiles)
+    rest = item % (row_tiles * output_tiles)
+    first_row = rest // (_NEIGHBOURS * output_tiles) * _NEIGHBOURS
+    neighbours = gl.minimum(row_tiles - first_row, _NEIGHBOURS)
+    rest -= first_row * output_tiles
+    begin = split * share
+    return first_row + rest % neighbours, rest // neighbours, split, begin, gl.minimum(begin + share, blocks)
+
+
+@gluon.jit
+def store_tile(target, result, row_limit, output_limit, stride_out) -> None:
+    """result [outputs, rows] float32 to target [rows, outputs], inside the limits."""
+    ROWS: gl.constexpr = result.shape[1]
+    if ROWS == 256 and target.dtype.element_ty == gl.float32:
+        # By halves: registers do not hold all sums in two layouts.
+        halves = gl.permute(gl.reshape(result, [result.shape[0], 2, ROWS // 2]), (0, 2, 1))
+        first, second = gl.split(halves)
+        _store_rows(target, first, row_limit, output_limit, stride_out)
+        _store_rows(target + ROWS // 2 * stride_out, second, row_limit - ROWS // 2, output_limit, stride_out)
+    else:
+        _store_rows(target, result, row_limit, output_limit, stride_out)
+
+
+@gluon.jit
+def _store_rows(target, result, row_limit, output_limit, stride_out) -> None:
+    # A thread writes 16 bytes, so that a row's 64 outputs are written together.
+    OUTPUTS: gl.constexpr = 128 // target.dtype.element_ty.primitive_bitwidth
+    LAYOUT: gl.constexpr = gl.BlockedLayout([OUTPUTS, 1], [64 // OUTPUTS, OUTPUTS // 2], [1, 4], [0, 1])
+    values = gl.convert_layout(result.to(target.dtype.element_ty), LAYOUT)
+    outputs = gl.arange(0, result.shape[0], layout=gl.SliceLayout(1, LAYOUT))[:, None]
+    rows = gl.arange(0, result.shape[1], layout=gl.SliceLayout(0, LAYOUT))[None, :]
+    gl.store(target + rows * stride_out + outputs, values, mask=(rows < row_limit) & (outputs < output_limit))
