@@ -10,6 +10,7 @@ INTERPRETED = os.environ.get("TRITON_INTERPRET") == "1"
 DEVICE = "cpu" if INTERPRETED else "cuda"
 PDL = not INTERPRETED and torch.cuda.is_available() and torch.cuda.get_device_capability()[0] >= 9
 """The interpreter knows no programmatic dependent launch."""
+IS_HOPPER = not INTERPRETED and torch.cuda.is_available() and torch.cuda.get_device_capability()[0] == 9
 HALF_DTYPES = [torch.float16] if INTERPRETED else [torch.float16, torch.bfloat16]
 """The interpreter multiplies bf16 matrices wrongly."""
 DTYPES = [torch.float32, *HALF_DTYPES]

@@ -8,14 +8,13 @@ import pytest
 import torch
 
 from tests.fakes.paged_steps import Chunk, PagedSteps
-from tests.kernels.cuda_cases import DEVICE, HALF_DTYPES, PDL, assert_close, poisoned, random_tensor
+from tests.kernels.cuda_cases import DEVICE, HALF_DTYPES, IS_HOPPER, PDL, assert_close, poisoned, random_tensor
 from trident_llm.kernels import reference
 from trident_llm.kernels.layer_cache import LayerCache
 from trident_llm.kernels.prefill_attention_hopper import HopperConfig, prefill_attention_hopper, takes
 
 _HEAD_DIM = 128
-_IS_HOPPER = torch.cuda.is_available() and torch.cuda.get_device_capability()[0] == 9
-pytestmark = [pytest.mark.gpu, pytest.mark.skipif(not _IS_HOPPER, reason="written with Hopper's matrix instructions")]
+pytestmark = [pytest.mark.gpu, pytest.mark.skipif(not IS_HOPPER, reason="written with Hopper's matrix instructions")]
 
 MIXED = [Chunk(0, 0, 150), Chunk(1, 30, 33), Chunk(2, 0, 2), Chunk(3, 97, 2), Chunk(4, 700, 500), Chunk(5, 128, 128)]
 """Whole prompts and later chunks; contexts that end within a block, with one, and with a tile of keys."""

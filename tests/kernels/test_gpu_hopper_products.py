@@ -8,7 +8,7 @@ import pytest
 import torch
 from torch import Tensor
 
-from tests.kernels.cuda_cases import HALF_DTYPES, PDL, assert_close, poisoned, random_tensor
+from tests.kernels.cuda_cases import HALF_DTYPES, IS_HOPPER, PDL, assert_close, poisoned, random_tensor
 from tests.kernels.test_cuda_quantized import product, random_weight
 from tests.kernels.test_cuda_scaled import random_weight as random_bytes
 from trident_llm.kernels.packed_bytes import pack_bytes
@@ -17,8 +17,7 @@ from trident_llm.kernels.quantize_rows import quantize_rows
 from trident_llm.kernels.quantized_matmul_hopper import HopperMatmulConfig, quantized_matmul_hopper, takes
 from trident_llm.kernels.scaled_matmul_hopper import HopperScaledConfig, scaled_matmul_hopper
 
-_IS_HOPPER = torch.cuda.is_available() and torch.cuda.get_device_capability()[0] == 9
-pytestmark = [pytest.mark.gpu, pytest.mark.skipif(not _IS_HOPPER, reason="written with Hopper's matrix instructions")]
+pytestmark = [pytest.mark.gpu, pytest.mark.skipif(not IS_HOPPER, reason="written with Hopper's matrix instructions")]
 
 
 @dataclass(frozen=True)

@@ -5,7 +5,7 @@ from __future__ import annotations
 import pytest
 import torch
 
-from tests.kernels.cuda_cases import DEVICE, HALF_DTYPES, PDL, assert_close, poisoned, random_tensor
+from tests.kernels.cuda_cases import DEVICE, HALF_DTYPES, IS_HOPPER, PDL, assert_close, poisoned, random_tensor
 from tests.kernels.test_cuda_quantized import product, random_weight
 from tests.kernels.test_cuda_scaled import CODES
 from tests.kernels.test_cuda_scaled import random_weight as random_bytes
@@ -17,7 +17,7 @@ from trident_llm.kernels.quantized_weight import BITS
 from trident_llm.kernels.scaled_linear import ScaledLinear
 
 pytestmark = pytest.mark.gpu
-HOPPER_PROCESSORS = [None, 132] if torch.cuda.is_available() and torch.cuda.get_device_capability()[0] == 9 else [None]
+HOPPER_PROCESSORS = [0, 132] if IS_HOPPER else [0]
 
 
 @pytest.mark.parametrize("bits", [4, 8])
@@ -41,7 +41,7 @@ def test_quantized_vector(dtype: torch.dtype, num_rows: int, group_size: int, bi
 @pytest.mark.parametrize("hopper_processors", HOPPER_PROCESSORS)
 @pytest.mark.parametrize("bits", BITS)
 @pytest.mark.parametrize("num_rows", [1, 7, 16, 40, 100, 200, 500])
-def test_the_linear_layer_of_every_row_count(num_rows: int, bits: int, hopper_processors: int | None) -> None:
+def test_the_linear_layer_of_every_row_count(num_rows: int, bits: int, hopper_processors: int) -> None:
     linear, dtype = QuantizedLinear(pdl=PDL, hopper_processors=hopper_processors), torch.bfloat16
     weight, x = random_weight((512, 1024, 128), bits), random_tensor(num_rows, 1024, dtype=dtype)
     packed, bias = pack(weight), random_tensor(512, dtype=dtype, seed=2)
@@ -75,7 +75,7 @@ def test_quantized_vector_of_bytes(num_rows: int, dtype: torch.dtype, codes: tor
 @pytest.mark.parametrize("codes", CODES, ids=str)
 @pytest.mark.parametrize("num_rows", [1, 16, 40, 100, 500])
 def test_the_scaled_linear_layer_of_every_row_count(
-    num_rows: int, codes: torch.dtype, hopper_processors: int | None
+    num_rows: int, codes: torch.dtype, hopper_processors: int
 ) -> None:
     linear, dtype = ScaledLinear(pdl=PDL, hopper_processors=hopper_processors), torch.bfloat16
     weight, x = random_bytes((512, 1024), codes), random_tensor(num_rows, 1024, dtype=dtype)

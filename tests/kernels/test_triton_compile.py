@@ -212,6 +212,22 @@ def test_words_are_unpacked_beside_matrix_instructions_on_hopper(
     assert waits == f"{panels}{panels}{panels}0" * 2
 
 
+@pytest.mark.parametrize("num_rows", [40, 600, 5000])
+def test_an_order_of_the_inputs_is_applied_once(
+    hopper: FakeHopperDriver, monkeypatch: pytest.MonkeyPatch, num_rows: int
+) -> None:
+    weight = replace(KERNELS_OF_HOPPER.pack_linear(empty_weight(512, 4096, 4)), input_order=torch.arange(4096))
+    gather = torch.Tensor.index_select
+    gathered: list[Any] = []
+    monkeypatch.setattr(torch.Tensor, "index_select", lambda x, *args: gathered.append(args) or gather(x, *args))
+    x, residual = torch.empty(num_rows, 4096).bfloat16(), torch.empty(num_rows, 512).bfloat16()
+    KERNELS_OF_HOPPER.linear(x, weight)
+    KERNELS_OF_HOPPER.linear_silu_and_mul(x, weight)
+    KERNELS_OF_HOPPER.linear_add_rms_norm(x, weight, None, residual, residual[0], 1e-5)
+    assert len(gathered) == 3
+    assert hopper.compiled
+
+
 @pytest.mark.parametrize("num_rows", [16, 300, 3000])
 def test_int8_on_hopper(hopper: FakeHopperDriver, tmp_path: Path, num_rows: int) -> None:
     weight = KERNELS_OF_HOPPER.pack_linear(empty_weight(6144, 4096, 8, "int8"))
@@ -271,7 +287,9 @@ def stack_bytes(hopper: FakeHopperDriver, name: str, folder: Path) -> int:
     cubin.write_bytes(hopper.machine_code[name])
     tool = Path(triton.backends.nvidia.__file__).parent / "bin" / "cuobjdump"
     usage = subprocess.run([tool, "--dump-resource-usage", cubin], capture_output=True, text=True, check=True).stdout
-    return sum(int(size) for size in re.findall(r" (?:STACK|LOCAL):(\d+) ", usage))
+    stack, local = (re.search(f" {kind}:(\\d+) ", usage) for kind in ("STACK", "LOCAL"))
+    assert stack is not None and local is not None
+    return int(stack[1]) + int(local[1])
 
 
 def assert_no_stack(hopper: FakeHopperDriver, name: str, folder: Path) -> None:

@@ -16,5 +16,23 @@ def wait_for(barriers, index, phase):
 
 
 @gluon.jit
+def begin_fill(full, empty, count, NUM_BYTES: gl.constexpr):
+    """The stage of a ring that use number ``count`` fills, once the use before has released it."""
+    STAGES: gl.constexpr = full.shape[0]
+    stage = count % STAGES
+    wait_for(empty, stage, (count // STAGES & 1) ^ 1)
+    mbarrier.expect(full.index(stage), NUM_BYTES)
+    return stage
+
+
+@gluon.jit
+def wait_filled(full, count):
+    """The stage of a ring that use number ``count`` has filled."""
+    stage = count % full.shape[0]
+    wait_for(full, stage, count // full.shape[0] & 1)
+    return stage
+
+
+@gluon.jit
 def release(barriers, index, condition=True):
     mbarrier.arrive(barriers.index(index), count=1, pred=condition)

@@ -11,14 +11,13 @@ from triton.experimental import gluon
 from triton.experimental.gluon import language as gl
 from triton.experimental.gluon.language.nvidia.hopper import (
     fence_async_shared,
-    mbarrier,
     tma,
     warpgroup_mma,
     warpgroup_mma_wait,
 )
 from triton.language.extra.cuda import gdc_wait
 
-from .hopper_barriers import barrier, release, wait_for
+from .hopper_barriers import barrier, begin_fill, release, wait_filled, wait_for
 from .hopper_tiles import count_items, locate_tile, store_tile
 from .unpack_codes import offset_base, unpack_text
 
@@ -47,16 +46,13 @@ def load_words(
 ):
     """What the warp does that loads words. They are constant: it waits for no earlier kernel."""
     _x, _x_full, _x_empty, words, full, empty = ring
-    STAGES: gl.constexpr = full.shape[0]
     blocks = work[3]
     num_items = count_items(work)
     count = 0
     for item in range(gl.program_id(0), num_items, gl.num_programs(0)):
         _row_tile, output_tile, _split, begin, end = locate_tile(item, work)
         for block in range(begin, end):
-            stage = count % STAGES
-            wait_for(empty, stage, (count // STAGES & 1) ^ 1)
-            mbarrier.expect(full.index(stage), 2 * PANELS * CHUNK * CHUNK * 2)
+            stage = begin_fill(full, empty, count, 2 * PANELS * CHUNK * CHUNK * 2)
             for index in gl.static_range(2 * PANELS):
                 panel = _panel(output_tile, index, num_outputs, PANELS, SILU)
                 tma.async_copy_global_to_shared(
@@ -70,7 +66,7 @@ def load_words(
 
 @gluon.jit
 def load_x(
-    x_rows,  # [num_rows, NUM_INPUTS], in boxes of [TILE_ROWS, 64]
+    x_rows,  # [num_rows, num_inputs], in boxes of [TILE_ROWS, 64]
     ring,
     work,
     VALUES: gl.constexpr,
@@ -78,7 +74,6 @@ def load_x(
 ):
     """What the warp does that loads x."""
     x_shared, full, empty, _words, _words_full, _words_empty = ring
-    STAGES: gl.constexpr = x_shared.shape[0]
     TILE_ROWS: gl.constexpr = x_shared.shape[1]
     if PDL:
         gdc_wait()
@@ -87,9 +82,7 @@ def load_x(
     for item in range(gl.program_id(0), num_items, gl.num_programs(0)):
         row_tile, _output_tile, _split, begin, end = locate_tile(item, work)
         for part in range(begin * VALUES, end * VALUES):
-            stage = count % STAGES
-            wait_for(empty, stage, (count // STAGES & 1) ^ 1)
-            mbarrier.expect(full.index(stage), TILE_ROWS * CHUNK * 2)
+            stage = begin_fill(full, empty, count, TILE_ROWS * CHUNK * 2)
             tma.async_copy_global_to_shared(
                 x_rows, [row_tile * TILE_ROWS, part * CHUNK], full.index(stage), x_shared.index(stage)
             )
@@ -98,11 +91,11 @@ def load_x(
 
 @gluon.jit
 def _load_pairs(
-    scales_and_zeros, outputs, stride, last_group, block, BLOCK: gl.constexpr, GROUP_SIZE: gl.constexpr
+    scales_and_zeros, outputs, stride, last_group, block,
+    BLOCK: gl.constexpr, GROUP_SIZE: gl.constexpr, GROUPS: gl.constexpr,
 ):  # fmt: skip
     """Scales and zeros of a block's groups, for each panel in turn. GROUP_SIZE: 0 where a group is a whole row."""
     PANELS: gl.constexpr = len(outputs)
-    GROUPS: gl.constexpr = BLOCK // GROUP_SIZE if GROUP_SIZE > 0 and GROUP_SIZE < BLOCK else 1
     pairs = ()  # type: tuple
     for panel in gl.static_range(PANELS):
         for group in gl.static_range(GROUPS):
@@ -161,7 +154,6 @@ def multiply_tiles(
     stride_groups, stride_out, stride_split = strides
     X_STAGES: gl.constexpr = x_shared.shape[0]
     TILE_ROWS: gl.constexpr = x_shared.shape[1]
-    W_STAGES: gl.constexpr = words_full.shape[0]
     VALUES: gl.constexpr = 16 // BITS
     BLOCK: gl.constexpr = VALUES * CHUNK
     GROUPS: gl.constexpr = BLOCK // GROUP_SIZE if GROUP_SIZE > 0 and GROUP_SIZE < BLOCK else 1
@@ -185,15 +177,14 @@ def multiply_tiles(
             outputs = outputs + (gl.minimum(panel * CHUNK + in_panel, last),)
             sums = sums + (gl.zeros([CHUNK, TILE_ROWS], gl.float32, layout=SUMS),)
         pairs = _load_pairs(
-            scales_and_zeros, outputs, stride_groups, last_group, begin, BLOCK, GROUP_SIZE
+            scales_and_zeros, outputs, stride_groups, last_group, begin, BLOCK, GROUP_SIZE, GROUPS
         )
         for block in range(begin, end):
             following = gl.minimum(block + 1, end - 1)
             next_pairs = _load_pairs(
-                scales_and_zeros, outputs, stride_groups, last_group, following, BLOCK, GROUP_SIZE
+                scales_and_zeros, outputs, stride_groups, last_group, following, BLOCK, GROUP_SIZE, GROUPS
             )
-            stage = count % W_STAGES
-            wait_for(words_full, stage, count // W_STAGES & 1)
+            stage = wait_filled(words_full, count)
             words = ()  # type: tuple
             for index in gl.static_range(PANELS):
                 words = words + (words_shared.index(stage * (2 * PANELS) + WARP_GROUP * PANELS + index).load(LEFT),)
@@ -230,10 +221,7 @@ def multiply_tiles(
             up = sums[1].to(out.dtype.element_ty).to(gl.float32)
             sums = (gate / (1.0 + gl.exp(-gate)) * up,)
         for index in gl.static_range(1 if SILU else PANELS):
-            if SILU:
-                first_output = (output_tile * 2 + WARP_GROUP) * CHUNK
-            else:
-                first_output = (output_tile * (2 * PANELS) + WARP_GROUP * PANELS + index) * CHUNK
+            first_output = _panel(output_tile, WARP_GROUP * PANELS + index, num_outputs, PANELS, SILU) * CHUNK
             result = sums[index]
             if HAS_BIAS:
                 biased = first_output + gl.arange(0, CHUNK, layout=gl.SliceLayout(1, SUMS))

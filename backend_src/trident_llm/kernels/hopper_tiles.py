@@ -7,6 +7,15 @@ from triton.experimental.gluon import language as gl
 
 _NEIGHBOURS: gl.constexpr = gl.constexpr(16)
 """Tiles of rows that are multiplied one after another with the same outputs: their x stays in the L2 cache."""
+_MAX_SPLIT_ROWS = 512
+"""With more the parts of a sum are too large to be written and read again."""
+
+
+def num_splits(num_rows: int, num_tiles: int, most: int, num_processors: int) -> int:
+    """Of 8, 4, 2 and 1 parts of a sum the most, up to ``most``, with which all tiles find a multiprocessor at once."""
+    if num_rows > _MAX_SPLIT_ROWS:
+        return 1
+    return next((splits for splits in (8, 4, 2) if splits <= min(most, num_processors // num_tiles)), 1)
 
 
 @gluon.jit

@@ -19,6 +19,7 @@ from .quantized_rows import Rows, allocate_rows
 from .quantized_vector import quantized_vector as multiply_vector
 from .rms_norm import rms_norm
 from .silu_and_mul import silu_and_mul
+from .sum_parts import sum_parts
 
 Packed = TypeVar("Packed", PackedWeight, PackedBytes)
 
@@ -76,6 +77,25 @@ class PackedLinear(ABC, Generic[Packed]):
     def product(self, x: Any, weight: Packed, bias: Tensor | None) -> Tensor:
         """``linear``, perhaps in parts that the norm adds up: [T, out] or [P, T, out] float32."""
         return self.linear(x, weight, bias)
+
+    @abstractmethod
+    def _multiply(self, x: Any, weight: Packed, out: Tensor, config: Any, *, bias: Tensor | None = None) -> None:
+        """One launch of the kernel that ``config`` belongs to, into out [T, out], or [num_splits, T, out] float32."""
+
+    def _whole(self, x: Any, weight: Packed, config: Any, bias: Tensor | None) -> Tensor:
+        """``_multiply``, and a second launch where programs share the sums: [T, out]."""
+        out = torch.empty(x.shape[0], weight.shape[0], dtype=x.dtype, device=x.device)
+        if config.num_splits == 1:
+            self._multiply(x, weight, out, config, bias=bias)
+        else:
+            sum_parts(self._parts(x, weight, config), out, bias=bias, pdl=self._pdl)
+        return out
+
+    def _parts(self, x: Any, weight: Packed, config: Any) -> Tensor:
+        """[num_splits, T, out] float32."""
+        parts = torch.empty(config.num_splits, x.shape[0], weight.shape[0], dtype=torch.float32, device=x.device)
+        self._multiply(x, weight, parts, config)
+        return parts
 
     def _takes_vectors(self, x: Tensor, weight: Packed) -> bool:
         """Whether the kernel for very few rows multiplies."""

@@ -14,7 +14,6 @@ from .quantized_matmul import QuantizedConfig
 from .quantized_matmul import quantized_matmul as multiply
 from .quantized_matmul_hopper import HopperMatmulConfig
 from .quantized_matmul_hopper import quantized_matmul_hopper as multiply_hopper
-from .sum_parts import sum_parts
 from .unpack_weight import unpack_weight
 
 _MANY_OUTPUTS = 16_384
@@ -22,10 +21,10 @@ _MANY_OUTPUTS = 16_384
 
 
 class QuantizedLinear(PackedLinear[PackedWeight]):
-    """Implements ``PackedLinear``. hopper_processors: multiprocessors of a device of compute capability 9.0, None on
+    """Implements ``PackedLinear``. hopper_processors: multiprocessors of a device of compute capability 9.0, 0 on
     others. use_asm: off where there is no GPU."""
 
-    def __init__(self, *, pdl: bool, hopper_processors: int | None = None, use_asm: bool = True) -> None:
+    def __init__(self, *, pdl: bool, hopper_processors: int = 0, use_asm: bool = True) -> None:
         super().__init__(pdl=pdl)
         self._hopper_processors = hopper_processors
         self._use_asm = use_asm
@@ -38,7 +37,7 @@ class QuantizedLinear(PackedLinear[PackedWeight]):
     def _is_hoppers(self, x: Tensor, weight: PackedWeight) -> bool:
         """Whether Hopper's own kernel multiplies more than a few rows."""
         few = 1 <= x.shape[0] <= quantized_matmul_hopper.MAX_ROWS
-        return self._hopper_processors is not None and few and quantized_matmul_hopper.takes(x, weight)
+        return self._hopper_processors > 0 and few and quantized_matmul_hopper.takes(x, weight)
 
     def _config(
         self, x: Tensor, weight: PackedWeight, *, silu_and_mul: bool = False
@@ -48,7 +47,6 @@ class QuantizedLinear(PackedLinear[PackedWeight]):
         if silu_and_mul and num_rows > quantized_matmul.MAX_SILU_ROWS:
             return None
         if self._is_hoppers(x, weight) and not (silu_and_mul and num_outputs % (2 * PANEL)):
-            assert self._hopper_processors is not None
             return quantized_matmul_hopper.default_config(
                 weight, num_rows, self._hopper_processors, silu_and_mul=silu_and_mul
             )
@@ -59,40 +57,26 @@ class QuantizedLinear(PackedLinear[PackedWeight]):
         return quantized_matmul.default_config(num_rows, num_outputs, may_split=num_outputs < _MANY_OUTPUTS)
 
     def _matrix(self, x: Tensor, weight: PackedWeight, bias: Tensor | None) -> Tensor:
-        x = _in_order(x, weight)
         config = self._config(x, weight)
         if config is None:
-            return F.linear(x, self._unpacked(weight, x.dtype), bias)
-        out = x.new_empty(x.shape[0], weight.num_outputs)
-        if config.num_splits == 1:
-            self._multiply(x, weight, out, config, bias=bias)
-        else:
-            sum_parts(self._parts(x, weight, config), out, bias=bias, pdl=self._pdl)
-        return out
+            return F.linear(_in_order(x, weight), self._unpacked(weight, x.dtype), bias)
+        return self._whole(x, weight, config, bias)
 
     def _matrix_silu_and_mul(self, x: Tensor, weight: PackedWeight, bias: Tensor | None) -> Tensor:
-        ordered = _in_order(x, weight)
-        config = self._config(ordered, weight, silu_and_mul=True)
+        config = self._config(x, weight, silu_and_mul=True)
         if bias is not None or config is None:
             return super()._matrix_silu_and_mul(x, weight, bias)
         out = x.new_empty(x.shape[0], weight.num_outputs // 2)
-        self._multiply(ordered, weight, out, config, silu_and_mul=True)
+        self._multiply(x, weight, out, config, silu_and_mul=True)
         return out
 
     def product(self, x: Tensor, weight: PackedWeight, bias: Tensor | None) -> Tensor:
         few = x.shape[0] <= quantized_vector.MAX_SHARED_ROWS and self._takes_vectors(x, weight)
         if bias is None and not few:
-            ordered = _in_order(x, weight)
-            config = self._config(ordered, weight)
+            config = self._config(x, weight)
             if config is not None and config.num_splits > 1:
-                return self._parts(ordered, weight, config)
+                return self._parts(x, weight, config)
         return self.linear(x, weight, bias)
-
-    def _parts(self, x: Tensor, weight: PackedWeight, config: QuantizedConfig | HopperMatmulConfig) -> Tensor:
-        """[num_splits, T, out] float32."""
-        parts = torch.empty(config.num_splits, x.shape[0], weight.num_outputs, dtype=torch.float32, device=x.device)
-        self._multiply(x, weight, parts, config)
-        return parts
 
     def _multiply(
         self,
@@ -104,13 +88,13 @@ class QuantizedLinear(PackedLinear[PackedWeight]):
         bias: Tensor | None = None,
         silu_and_mul: bool = False,
     ) -> None:
+        x = _in_order(x, weight)
         if isinstance(config, QuantizedConfig):
             multiply(
                 x, weight, out, bias=bias, silu_and_mul=silu_and_mul, config=config, pdl=self._pdl,
                 use_asm=self._use_asm,
             )  # fmt: skip
         else:
-            assert self._hopper_processors is not None
             multiply_hopper(
                 x, weight, out, bias=bias, silu_and_mul=silu_and_mul, num_processors=self._hopper_processors,
                 config=config, pdl=self._pdl,

@@ -20,6 +20,7 @@ from triton.language.extra.cuda import gdc_launch_dependents
 
 from .checks import HALF_DTYPES, check_dtype, check_last_contiguous, check_product
 from .hopper_multiply import CHUNK, load_words, load_x, multiply_tiles
+from .hopper_tiles import num_splits
 from .packed_weight import PackedWeight
 
 _MULTIPLYING_REGISTERS, _LOADING_REGISTERS = 240, 24
@@ -42,8 +43,6 @@ class HopperMatmulConfig:
 
 MAX_ROWS = 4096
 """With more it pays to unpack the weight once, to memory, for cuBLAS."""
-_MAX_SPLIT_ROWS = 512
-_MAX_SPLITS = 8
 
 
 def default_config(
@@ -60,11 +59,11 @@ def default_config(
         config = HopperMatmulConfig(1, 128, 8, 4)
     else:
         config = HopperMatmulConfig(1, 256, 4, 4)
-    if silu_and_mul or num_rows > _MAX_SPLIT_ROWS:
+    if silu_and_mul:
         return config
-    tiles = triton.cdiv(num_rows, config.tile_rows) * triton.cdiv(weight.num_outputs, 128 * config.panels)
-    most = min(_MAX_SPLITS, num_processors // tiles, weight.low.shape[1])
-    return replace(config, num_splits=next(splits for splits in (8, 4, 2, 1) if splits <= max(most, 1)))
+    num_tiles = triton.cdiv(num_rows, config.tile_rows) * triton.cdiv(weight.num_outputs, 128 * config.panels)
+    splits = num_splits(num_rows, num_tiles, weight.low.shape[1], num_processors)
+    return replace(config, num_splits=splits)
 
 
 def takes(x: Tensor, weight: PackedWeight) -> bool:
@@ -75,7 +74,9 @@ def takes(x: Tensor, weight: PackedWeight) -> bool:
     block = 16 // weight.bits * CHUNK.value
     whole = weight.group_size == weight.num_inputs
     fits = whole or weight.group_size % block == 0 or block % weight.group_size == 0
-    return fits and x.stride(1) == 1 and x.stride(0) % 8 == 0 and x.data_ptr() % 16 == 0
+    # What an order of the inputs gathers of x has no gaps.
+    stride = x.stride(0) if weight.input_order is None else weight.num_inputs
+    return fits and x.stride(1) == 1 and stride % 8 == 0 and x.data_ptr() % 16 == 0
 
 
 @gluon.jit(do_not_specialize=["num_rows", "num_inputs", "row_tiles", "output_tiles", "splits", "blocks"])

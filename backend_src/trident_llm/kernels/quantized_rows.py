@@ -28,6 +28,10 @@ class QuantizedRows:
         return self.values.shape
 
     @property
+    def device(self) -> torch.device:
+        return self.values.device
+
+    @property
     def limit(self) -> float:
         """What the largest number of a row is stored as."""
         return SCALED_LIMITS[self.values.dtype]

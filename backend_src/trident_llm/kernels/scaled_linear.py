@@ -9,16 +9,16 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
-from . import scaled_matmul_hopper
+from . import scaled_matmul, scaled_matmul_hopper
 from .packed_bytes import PackedBytes
 from .packed_linear import PackedLinear, takes_vectors
 from .quantize_rows import quantize_rows
 from .quantized_rows import QuantizedRows, Rows
-from .scaled_matmul import scaled_matmul
+from .scaled_matmul import ScaledConfig
+from .scaled_matmul import scaled_matmul as multiply
 from .scaled_matmul_hopper import HopperScaledConfig
 from .scaled_matmul_hopper import scaled_matmul_hopper as multiply_hopper
 from .silu_and_quantize import MAX_SIZE, silu_and_quantize
-from .sum_parts import sum_parts
 
 _MANY_ROWS = 64
 """With more rows of e4m3 cuBLAS multiplies: 1,200 TFLOP/s at 2,048 rows of Mistral-7B on an H100, 600 to 850 at 256."""
@@ -27,7 +27,7 @@ _MANY_ROWS = 64
 class ScaledLinear(PackedLinear[PackedBytes]):
     """Implements ``PackedLinear``. hopper_processors: as in ``QuantizedLinear``."""
 
-    def __init__(self, *, pdl: bool, hopper_processors: int | None = None) -> None:
+    def __init__(self, *, pdl: bool, hopper_processors: int = 0) -> None:
         super().__init__(pdl=pdl)
         self._hopper_processors = hopper_processors
 
@@ -49,45 +49,37 @@ class ScaledLinear(PackedLinear[PackedBytes]):
                 rows.values, weight.codes.t(), scale_a=rows.scales[:, None], scale_b=weight.scales[None, :], bias=bias,
                 out_dtype=x.dtype,
             )  # fmt: skip
-        out = torch.empty(x.shape[0], weight.shape[0], dtype=x.dtype, device=rows.values.device)
-        config = self._hopper_config(rows, weight)
-        if config is None:
-            scaled_matmul(rows, weight, out, bias=bias, pdl=self._pdl)
-        elif config.num_splits == 1:
-            self._multiply_hopper(rows, weight, out, config, bias)
-        else:
-            sum_parts(self._parts(rows, weight, config), out, bias=bias, pdl=self._pdl)
-        return out
+        return self._whole(rows, weight, self._config(rows, weight), bias)
 
     def product(self, x: Rows, weight: PackedBytes, bias: Tensor | None) -> Tensor:
         if bias is None and not (isinstance(x, Tensor) and self._takes_vectors(x, weight)):
-            rows = self._quantized(x, weight)
-            config = self._hopper_config(rows, weight)
-            if config is not None and config.num_splits > 1:
-                return self._parts(rows, weight, config)
-            x = rows
+            x = self._quantized(x, weight)
+            config = self._config(x, weight)
+            if config.num_splits > 1:
+                return self._parts(x, weight, config)
         return self.linear(x, weight, bias)
 
     def _quantized(self, x: Rows, weight: PackedBytes) -> QuantizedRows:
         return x if isinstance(x, QuantizedRows) else quantize_rows(x, weight.codes.dtype, pdl=self._pdl)
 
-    def _hopper_config(self, rows: QuantizedRows, weight: PackedBytes) -> HopperScaledConfig | None:
-        """Where Hopper's own kernel multiplies."""
-        if self._hopper_processors is None or weight.codes.dtype != torch.int8 or rows.shape[0] == 0:
-            return None
-        return scaled_matmul_hopper.default_config(weight, rows.shape[0], self._hopper_processors)
+    def _config(self, rows: QuantizedRows, weight: PackedBytes) -> ScaledConfig | HopperScaledConfig:
+        num_rows = rows.shape[0]
+        if self._hopper_processors > 0 and weight.codes.dtype == torch.int8 and num_rows > 0:
+            return scaled_matmul_hopper.default_config(weight, num_rows, self._hopper_processors)
+        return scaled_matmul.default_config(num_rows)
 
-    def _parts(self, rows: QuantizedRows, weight: PackedBytes, config: HopperScaledConfig) -> Tensor:
-        """[num_splits, T, out] float32."""
-        shape = (config.num_splits, rows.shape[0], weight.shape[0])
-        parts = torch.empty(shape, dtype=torch.float32, device=rows.values.device)
-        self._multiply_hopper(rows, weight, parts, config, None)
-        return parts
-
-    def _multiply_hopper(
-        self, rows: QuantizedRows, weight: PackedBytes, out: Tensor, config: HopperScaledConfig, bias: Tensor | None
+    def _multiply(
+        self,
+        x: QuantizedRows,
+        weight: PackedBytes,
+        out: Tensor,
+        config: ScaledConfig | HopperScaledConfig,
+        *,
+        bias: Tensor | None = None,
     ) -> None:
-        assert self._hopper_processors is not None
-        multiply_hopper(
-            rows, weight, out, bias=bias, num_processors=self._hopper_processors, config=config, pdl=self._pdl
-        )  # fmt: skip
+        if isinstance(config, ScaledConfig):
+            multiply(x, weight, out, bias=bias, config=config, pdl=self._pdl)
+        else:
+            multiply_hopper(
+                x, weight, out, bias=bias, num_processors=self._hopper_processors, config=config, pdl=self._pdl
+            )  # fmt: skip

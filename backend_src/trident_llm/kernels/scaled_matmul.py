@@ -6,6 +6,7 @@ Programs that share a tile of the weight run side by side: the weight streams fr
 from __future__ import annotations
 
 from dataclasses import dataclass
+from typing import ClassVar
 
 import triton
 import triton.language as tl
@@ -25,6 +26,8 @@ class ScaledConfig:
     tile_rows: int
     num_warps: int
     num_stages: int
+    num_splits: ClassVar[int] = 1
+    """Every program computes whole sums."""
 
 
 def default_config(num_rows: int) -> ScaledConfig:

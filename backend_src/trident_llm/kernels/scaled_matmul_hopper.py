@@ -24,8 +24,8 @@ from triton.experimental.gluon.nvidia.hopper import TensorDescriptor
 from triton.language.extra.cuda import gdc_launch_dependents, gdc_wait
 
 from .checks import FLOAT_DTYPES, check_dtype, check_last_contiguous, check_product, check_shape
-from .hopper_barriers import release, wait_for
-from .hopper_tiles import count_items, locate_tile, store_tile
+from .hopper_barriers import begin_fill, release, wait_filled
+from .hopper_tiles import count_items, locate_tile, num_splits, store_tile
 from .packed_bytes import PackedBytes
 from .quantized_rows import QuantizedRows
 
@@ -47,7 +47,6 @@ class HopperScaledConfig:
     """Programs that share the columns of a weight row; each writes its own part of the sum."""
 
 
-_MAX_SPLIT_ROWS = 512
 _MAX_SPLITS = 4
 
 
@@ -59,17 +58,15 @@ def default_config(weight: PackedBytes, num_rows: int, num_processors: int) -> H
     if tile_rows == 128 and row_tiles * triton.cdiv(num_outputs, 256) >= num_processors:
         return HopperScaledConfig(128, 128, 4)
     config = HopperScaledConfig(64, tile_rows, 6 if tile_rows == 128 else 8)
-    if num_rows > _MAX_SPLIT_ROWS:
-        return config
-    most = min(_MAX_SPLITS, num_processors // (row_tiles * triton.cdiv(num_outputs, 128)), num_inputs // _CHUNK.value)
-    return replace(config, num_splits=next(splits for splits in (4, 2, 1) if splits <= max(most, 1)))
+    num_tiles = row_tiles * triton.cdiv(num_outputs, 128)
+    splits = num_splits(num_rows, num_tiles, min(num_inputs // _CHUNK.value, _MAX_SPLITS), num_processors)
+    return replace(config, num_splits=splits)
 
 
 @gluon.jit
 def _load_tiles(x_rows, weight_rows, ring, work, PDL: gl.constexpr):
     """What the loading warp does."""
     x_shared, w_shared, full, empty = ring
-    STAGES: gl.constexpr = x_shared.shape[0]
     TILE_ROWS: gl.constexpr = x_shared.shape[1]
     GROUP_OUTPUTS: gl.constexpr = w_shared.shape[1]
     if PDL:
@@ -79,9 +76,7 @@ def _load_tiles(x_rows, weight_rows, ring, work, PDL: gl.constexpr):
     for item in range(gl.program_id(0), num_items, gl.num_programs(0)):
         row_tile, output_tile, _split, begin, end = locate_tile(item, work)
         for block in range(begin, end):
-            stage = count % STAGES
-            wait_for(empty, stage, (count // STAGES & 1) ^ 1)
-            mbarrier.expect(full.index(stage), (TILE_ROWS + 2 * GROUP_OUTPUTS) * _CHUNK)
+            stage = begin_fill(full, empty, count, (TILE_ROWS + 2 * GROUP_OUTPUTS) * _CHUNK)
             for group in gl.static_range(2):
                 tma.async_copy_global_to_shared(
                     weight_rows,
@@ -123,8 +118,7 @@ def _multiply_tiles(
         row_tile, output_tile, split, begin, end = locate_tile(item, work)
         sums = gl.zeros([GROUP_OUTPUTS, TILE_ROWS], gl.int32, layout=SUMS)
         for block in range(begin, end):
-            stage = count % STAGES
-            wait_for(full, stage, count // STAGES & 1)
+            stage = wait_filled(full, count)
             sums = warpgroup_mma(
                 w_shared.index(stage * 2 + WARP_GROUP), x_shared.index(stage).permute((1, 0)), sums, is_async=True
             )

@@ -97,8 +97,8 @@ class TritonLanguageKernels:
         self._pdl = pdl
         self._side_stream = side_stream
         self._packed: dict[type, PackedLinear[Any]] = {
-            PackedWeight: QuantizedLinear(pdl=pdl, hopper_processors=num_processors if hopper else None),
-            PackedBytes: ScaledLinear(pdl=pdl, hopper_processors=num_processors if hopper else None),
+            PackedWeight: QuantizedLinear(pdl=pdl, hopper_processors=num_processors if hopper else 0),
+            PackedBytes: ScaledLinear(pdl=pdl, hopper_processors=num_processors if hopper else 0),
         }
         """Who multiplies with what is not a plain tensor."""
 
