@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import argparse
 import sys
+import threading
 import time
 from collections.abc import Callable, Iterable, Mapping
 from concurrent.futures import Future
@@ -25,6 +26,8 @@ from trident_llm.protocol import Delta, Submit, TokenLogprobs, TopLogprob, Welco
 BLOCK_SIZE = 16
 MAX_MODEL_LEN = 4096
 NUM_BLOCKS = 100_000
+LINGERING = 1.5
+"""Seconds for which the process of a model that ends in ``does-not-load-and-lingers`` outlives its failure."""
 LETTERS = b"abcdefghijklmnopqrstuvwxyz"
 
 
@@ -76,7 +79,9 @@ class FakeEngineCore:
         busy: bool = False,
     ) -> None:
         """``step_time``: seconds of a step; ``busy``: they are spent computing, not sleeping."""
-        if config.model.endswith("does-not-load") or config.revision == "broken":
+        if config.model.endswith("does-not-load-and-lingers"):
+            threading.Thread(target=time.sleep, args=(LINGERING,)).start()
+        if "does-not-load" in config.model or config.revision == "broken":
             raise LoadFailed("the fake model does not load")
         self.config = config
         self._step_time = step_time

@@ -240,6 +240,8 @@ def test_metrics_go_over_to_another_door(tmp_path: Path) -> None:
             time.sleep(1.5)
         generate(server, "llm", "hello", max_tokens=20)
         time.sleep(0.7)
+        # Doors of an old load end one after the other.
+        wait_until(lambda: metrics(server)["trident_doors"] == before["trident_doors"], 15.0)
         after = metrics(server)
         for model in (*OTHERS, "llm_admin"):
             triton.unload_model(model)

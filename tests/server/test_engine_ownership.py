@@ -14,6 +14,7 @@ import pytest
 from tests.fakes.engine_runs import engine_pid, fake_launch, wait_until
 from tests.fakes.fake_engine import expected_text
 from trident_llm.errors import EngineFailed, NotFound, Overloaded, TridentError
+from trident_llm.run_directory import EngineStatus
 from trident_llm.server import engine_client, engine_ownership
 from trident_llm.server.engine_client import EngineClient
 from trident_llm.server.engine_watch import wait_for_end
@@ -44,6 +45,27 @@ def test_model_loads_after_a_failed_load(run_directory, open_door):
     broken = fake_launch(Path("/nowhere/does-not-load"))
     with pytest.raises(TridentError, match="does not load"):
         EngineClient(run_directory, launch=broken, owner_pid=os.getpid(), log=print).start()
+    door = open_door()
+    assert door.finish(door.submit("hello", max_tokens=9)) == expected_text("hello", 9)
+
+
+def test_failed_engine_ends_before_the_next_one_starts(run_directory, open_door):
+    broken = fake_launch(Path("/nowhere/does-not-load-and-lingers"))
+    with pytest.raises(TridentError, match="does not load"):
+        EngineClient(run_directory, launch=broken, owner_pid=os.getpid(), log=print).start()
+    lingers = engine_pid(run_directory)
+    assert not wait_for_end(lingers, 0)
+    door = open_door()
+    assert wait_for_end(lingers, 0)
+    assert door.finish(door.submit("hello", max_tokens=9)) == expected_text("hello", 9)
+
+
+def test_failed_engine_that_does_not_end_keeps_nobody(run_directory, open_door, monkeypatch):
+    monkeypatch.setattr(engine_ownership, "SHUTDOWN_WAIT", 0.1)
+    run_directory.create()
+    run_directory.write_launch(fake_launch(Path("/nowhere/does-not-load")))
+    # This process stands for it.
+    run_directory.write_status(EngineStatus(state="failed", pid=os.getpid(), error="[INTERNAL] does not load"))
     door = open_door()
     assert door.finish(door.submit("hello", max_tokens=9)) == expected_text("hello", 9)
 

@@ -16,7 +16,8 @@ from ..run_directory import EngineStatus, Launch, RunDirectory
 from .engine_watch import FileLock, wait_for_end
 
 SHUTDOWN_WAIT = 3.0
-"""Seconds the engine gets to end when asked, before it is killed."""
+"""Seconds the engine gets to end when asked, before it is killed; and after it has failed to load, before the next one
+is started."""
 
 
 class EngineOwnership:
@@ -41,8 +42,8 @@ class EngineOwnership:
         return 0.0 if launch is None else EngineConfig.from_parameters(launch.parameters).drain_timeout
 
     def claim(self) -> None:
-        """Make the run directory, or join one that has the same settings. An engine that stays down is forgotten: it
-        will be started again.
+        """Make the run directory, or join one that has the same settings. An engine that stays down is forgotten, once
+        its process has ended or ``SHUTDOWN_WAIT`` has passed: it will be started again.
 
         Raises ``EngineFailed`` when the engine runs with other settings.
         """
@@ -53,14 +54,16 @@ class EngineOwnership:
         self._lock.acquire(shared=True)
         present = self._run_directory.read_launch()
         status = self._run_directory.read_status()
-        runs = status is not None and not wait_for_end(status.pid, 0)
-        if runs and present is not None and present != self._launch:
+        stays_down = status is not None and status.state == "failed" and not self.is_of_this_load(status)
+        # One that says it has failed still has to end, and to free its memory.
+        ended = status is None or wait_for_end(status.pid, SHUTDOWN_WAIT if stays_down else 0) or stays_down
+        if not ended and present is not None and present != self._launch:
             self._lock.release()
             raise EngineFailed("the engine still runs with other settings; unload the model first, then load it")
         if present != self._launch:
             self._run_directory.forget_requantized()
             self._run_directory.write_launch(self._launch)
-        if status is not None and status.state == "failed" and not self.is_of_this_load(status):
+        if stays_down:
             self._run_directory.write_deaths(Deaths())
             self._run_directory.forget_requantized()
             self._run_directory.clear_status()
