@@ -10,7 +10,10 @@ INTERPRETED = os.environ.get("TRITON_INTERPRET") == "1"
 DEVICE = "cpu" if INTERPRETED else "cuda"
 PDL = not INTERPRETED and torch.cuda.is_available() and torch.cuda.get_device_capability()[0] >= 9
 """The interpreter knows no programmatic dependent launch."""
-IS_HOPPER = not INTERPRETED and torch.cuda.is_available() and torch.cuda.get_device_capability()[0] == 9
+RUNS_HOPPER_KERNELS = INTERPRETED or (torch.cuda.is_available() and torch.cuda.get_device_capability()[0] == 9)
+"""Those of Hopper alone; where kernels are interpreted, these are emulated (``tests.fakes.gluon``)."""
+HOPPER_PROCESSORS = [132] if INTERPRETED else [0, 132] if RUNS_HOPPER_KERNELS else [0]
+"""For linear layers, which choose kernels of Hopper or of all; the latter's products take the interpreter seconds."""
 HALF_DTYPES = [torch.float16] if INTERPRETED else [torch.float16, torch.bfloat16]
 """The interpreter multiplies bf16 matrices wrongly."""
 DTYPES = [torch.float32, *HALF_DTYPES]

@@ -9,6 +9,7 @@ from tests.kernels.cuda_cases import (
     DEVICE,
     DTYPES,
     HALF_DTYPES,
+    HOPPER_PROCESSORS,
     INTERPRETED,
     PDL,
     assert_close,
@@ -18,6 +19,7 @@ from tests.kernels.cuda_cases import (
 from trident_llm.kernels.packed_weight import PANEL, pack
 from trident_llm.kernels.quantized_linear import QuantizedLinear
 from trident_llm.kernels.quantized_matmul import QuantizedConfig, quantized_matmul
+from trident_llm.kernels.quantized_vector import VectorConfig, quantized_vector, supports
 from trident_llm.kernels.quantized_weight import BITS, QuantizedWeight
 from trident_llm.kernels.sum_parts import sum_parts
 from trident_llm.kernels.unpack_weight import unpack_weight
@@ -72,6 +74,44 @@ def test_quantized_matmul(dtype: torch.dtype, num_rows: int, size: tuple[int, in
     for config in (QuantizedConfig(64, 16, 64, 4, 2), QuantizedConfig(128, 64, 32, 8, 3)):
         quantized_matmul(x, pack(weight), out, bias=bias, config=config, pdl=PDL, use_asm=ASM)
         assert_close(out, product(x, weight) + bias.double())
+
+
+@pytest.mark.parametrize("bits", [4, 8])
+@pytest.mark.parametrize("group_size", [64, 128, 2048])
+@pytest.mark.parametrize("num_rows", [1, 13] if INTERPRETED else [1, 8, 13])
+@pytest.mark.parametrize("dtype", HALF_DTYPES)
+def test_quantized_vector(dtype: torch.dtype, num_rows: int, group_size: int, bits: int) -> None:
+    num_outputs = 64 if INTERPRETED else 192
+    weight, x = random_weight((num_outputs, 2048, group_size), bits), random_tensor(num_rows, 2048, dtype=dtype)
+    packed, bias = pack(weight), random_tensor(num_outputs, dtype=dtype, seed=2)
+    assert supports(packed)
+    for config in (None, VectorConfig(16, 2, 1), VectorConfig(32, 4, 1)):
+        out = poisoned(num_rows, num_outputs, dtype=dtype)
+        quantized_vector(x, packed, out, bias=bias, config=config, pdl=PDL)
+        assert_close(out, product(x, weight) + bias.double())
+        gate, up = product(x, weight).to(dtype).double().chunk(2, -1)
+        out = poisoned(num_rows, num_outputs // 2, dtype=dtype)
+        quantized_vector(x, packed, out, silu_and_mul=True, config=config, pdl=PDL)
+        assert_close(out, torch.nn.functional.silu(gate) * up)
+
+
+@pytest.mark.parametrize("hopper_processors", HOPPER_PROCESSORS)
+@pytest.mark.parametrize("bits", [4] if INTERPRETED else BITS)
+@pytest.mark.parametrize("num_rows", [7, 40] if INTERPRETED else [1, 7, 16, 40, 100, 200, 500])
+def test_the_linear_layer_of_every_row_count(num_rows: int, bits: int, hopper_processors: int) -> None:
+    linear = QuantizedLinear(pdl=PDL, hopper_processors=hopper_processors, use_asm=ASM)
+    num_outputs, dtype = 128 if INTERPRETED else 512, HALF_DTYPES[-1]
+    weight, x = random_weight((num_outputs, 1024, 128), bits), random_tensor(num_rows, 1024, dtype=dtype)
+    packed, bias = pack(weight), random_tensor(num_outputs, dtype=dtype, seed=2)
+    expected = product(x, weight)
+    assert_close(linear.linear(x, packed, bias), expected + bias.double())
+    gate, up = expected.to(dtype).double().chunk(2, -1)
+    assert_close(linear.silu_and_mul(x, packed, None), torch.nn.functional.silu(gate) * up)
+    residual, norm_weight = random_tensor(num_rows, num_outputs, dtype=dtype, seed=3), x.new_ones(num_outputs)
+    total = (expected.to(dtype) + residual).double()
+    normed = linear.add_rms_norm(x, packed, None, residual, norm_weight, 1e-5)
+    assert_close(residual, total)
+    assert_close(normed, total * torch.rsqrt(total.pow(2).mean(-1, keepdim=True) + 1e-5))
 
 
 @pytest.mark.parametrize("bits", BITS)

@@ -7,12 +7,22 @@ from dataclasses import replace
 import pytest
 import torch
 
-from tests.kernels.cuda_cases import HALF_DTYPES, INTERPRETED, PDL, assert_close, poisoned, random_tensor
+from tests.kernels.cuda_cases import (
+    HALF_DTYPES,
+    HOPPER_PROCESSORS,
+    INTERPRETED,
+    PDL,
+    assert_close,
+    poisoned,
+    random_tensor,
+)
 from trident_llm.kernels.packed_bytes import BLOCK, PackedBytes, pack_bytes, pack_quantized
 from trident_llm.kernels.packed_weight import PackedWeight
 from trident_llm.kernels.quantize_rows import QuantizedRows, quantize_rows
 from trident_llm.kernels.quantized_linear import QuantizedLinear
+from trident_llm.kernels.quantized_vector import quantized_vector
 from trident_llm.kernels.quantized_weight import QuantizedWeight
+from trident_llm.kernels.scaled_linear import ScaledLinear
 from trident_llm.kernels.scaled_matmul import ScaledConfig, scaled_matmul
 
 pytestmark = pytest.mark.gpu
@@ -86,3 +96,39 @@ def test_scaled_matmul(num_rows: int, size: tuple[int, int], dtype: torch.dtype,
     assert_close(out, expected)
     scaled_matmul(rows, packed, out, bias=bias, config=ScaledConfig(128, 64, 4, 3), pdl=PDL)
     assert_close(out, expected + bias.double())
+
+
+@pytest.mark.parametrize("codes", CODES, ids=str)
+@pytest.mark.parametrize("dtype", HALF_DTYPES)
+@pytest.mark.parametrize("num_rows", [1, 2, 13])
+def test_quantized_vector(num_rows: int, dtype: torch.dtype, codes: torch.dtype) -> None:
+    weight, x = random_weight((192, 2048), codes), random_tensor(num_rows, 2048, dtype=dtype)
+    packed, expected = pack_bytes(weight), x.double() @ weight.dequantize().double().T
+    out = poisoned(num_rows, 192, dtype=dtype)
+    quantized_vector(x, packed, out, pdl=PDL)
+    assert_close(out, expected)
+    gate, up = expected.to(dtype).double().chunk(2, -1)
+    out = poisoned(num_rows, 96, dtype=dtype)
+    quantized_vector(x, packed, out, silu_and_mul=True, pdl=PDL)
+    assert_close(out, torch.nn.functional.silu(gate) * up)
+
+
+@pytest.mark.parametrize("hopper_processors", HOPPER_PROCESSORS)
+@pytest.mark.parametrize("codes", CODES, ids=str)
+@pytest.mark.parametrize("num_rows", [1, 40] if INTERPRETED else [1, 16, 40, 100, 500])
+def test_the_linear_layer_of_every_row_count(num_rows: int, codes: torch.dtype, hopper_processors: int) -> None:
+    linear, dtype = ScaledLinear(pdl=PDL, hopper_processors=hopper_processors), HALF_DTYPES[-1]
+    num_outputs = 128 if INTERPRETED else 512
+    weight, x = random_weight((num_outputs, 2048), codes), random_tensor(num_rows, 2048, dtype=dtype)
+    packed, bias = pack_bytes(weight), random_tensor(num_outputs, dtype=dtype, seed=2)
+    # Activations lose up to a step of 1/127 or of 1/16; over 2,048 of them about 1 and 3%.
+    limit = 1e-2 if num_rows <= 16 else 2e-2 if codes == torch.int8 else 5e-2
+    expected = x.double() @ weight.dequantize().double().T
+    assert_close(linear.linear(x, packed, bias), expected + bias.double(), limit)
+    gate, up = expected.to(dtype).double().chunk(2, -1)
+    assert_close(linear.silu_and_mul(x, packed, None), torch.nn.functional.silu(gate) * up, 2 * limit)
+    residual, norm_weight = random_tensor(num_rows, num_outputs, dtype=dtype, seed=3), x.new_ones(num_outputs)
+    total = (expected.to(dtype) + residual).double()
+    normed = linear.add_rms_norm(x, packed, None, residual, norm_weight, 1e-5)
+    assert_close(residual, total, limit)
+    assert_close(normed, total * torch.rsqrt(total.pow(2).mean(-1, keepdim=True) + 1e-5), limit)

@@ -7,7 +7,8 @@ import torch
 
 from tests.fakes.lora_problems import make_problem, mixed_weights
 from tests.fakes.paged_steps import Chunk, PagedSteps
-from tests.kernels.cuda_cases import assert_close, random_tensor
+from tests.kernels.cuda_cases import RUNS_HOPPER_KERNELS, assert_close, poisoned, random_tensor
+from tests.kernels.test_cuda_hopper_attention import Case, PagedCase
 from trident_llm.kernels import reference
 from trident_llm.kernels.layer_cache import LayerCache
 from trident_llm.kernels.lora import add_lora
@@ -101,3 +102,25 @@ def test_products_that_updates_join_read_what_the_kernel_before_the_last_wrote()
         x.copy_(random_tensor(64, size, dtype=torch.bfloat16, seed=100 + seed))
         graph.replay()
         assert_close(out, chain(False), 0.03)
+
+
+@pytest.mark.skipif(not RUNS_HOPPER_KERNELS, reason="kernels of Hopper")
+def test_a_captured_attention_of_prompts_serves_other_lengths() -> None:
+    capacity = PagedCase(Case(), [Chunk(0, 700, 500), Chunk(1, 0, 300)])
+    out = poisoned(*capacity.q.shape, dtype=capacity.q.dtype)
+    capacity.attend(out)
+    torch.cuda.synchronize()
+    graph = torch.cuda.CUDAGraph()
+    with torch.cuda.graph(graph):
+        capacity.attend(out)
+    other = PagedCase(Case(), [Chunk(0, 333, 61), Chunk(1, 0, 129)])
+    step, values = capacity.metadata, capacity.cache.values
+    step.block_tables.zero_()[:, : other.metadata.block_tables.shape[1]] = other.metadata.block_tables
+    step.cu_seqlens_q.copy_(other.metadata.cu_seqlens_q)
+    step.context_lens.copy_(other.metadata.context_lens)
+    values[: len(other.cache.values)] = other.cache.values
+    capacity.q[: other.num_tokens] = other.q
+    out.fill_(float("nan"))
+    graph.replay()
+    assert_close(out[: other.num_tokens], other.expected)
+    assert out[other.num_tokens :].isnan().all()

@@ -7,7 +7,7 @@ import functools
 import inspect
 import itertools
 from collections.abc import Callable
-from types import CodeType, FunctionType, ModuleType, SimpleNamespace
+from types import CodeType, FunctionType, SimpleNamespace
 from typing import Any
 
 import torch
@@ -20,8 +20,9 @@ from triton.language.extra.cuda import gdc_launch_dependents, gdc_wait
 
 from trident_llm.kernels import hopper_barriers
 
-from .machine import Barrier, Barriers, Copy, Product, SharedTile, allocate, machine, run_program
-from .ptx import join_words, run_ptx, split_words
+from .machine import Barrier, Barriers, Copy, Machine, Product, machine
+from .ptx import run_ptx
+from .shared_tile import SharedTile
 from .values import Pointer, Range, Scalar, Tile, gluon_dtype, plain, torch_dtype, wrap
 
 _KEPT = {
@@ -29,6 +30,7 @@ _KEPT = {
     "NVMMASharedLayout", "NVMMADistributedLayout", "DotOperandLayout", "SliceLayout", "BlockedLayout",
 }  # fmt: skip
 """Names of the language that mean here what they mean there."""
+_WORD_BYTES = 4
 _seeds = itertools.count()
 
 
@@ -65,15 +67,14 @@ class Mbarrier:
         barrier.init(count)
 
     def expect(self, barrier: Barrier, num_bytes: int) -> None:
-        barrier.announce(num_bytes)
+        machine().announce(barrier, num_bytes)
 
     def arrive(self, barrier: Barrier, *, count: int = 1, pred: Any = True) -> None:
         if plain(pred):
-            barrier.arrive(count)
-            machine().pause()
+            machine().arrive(barrier, count)
 
     def wait(self, barrier: Barrier, phase: Any) -> None:
-        machine().pause(functools.partial(barrier.is_over, int(plain(phase))))
+        machine().wait(barrier, int(plain(phase)))
 
 
 class Tma:
@@ -94,20 +95,14 @@ def warpgroup_mma(left: Any, right: SharedTile, before: Any, *, use_acc: bool = 
     assert is_async, "a product is waited for"
     if not use_acc:
         before = Tile(torch.zeros_like(before.value), before.layout)
+    assert [left.shape[0], right.shape[1]] == before.shape, (left.shape, right.shape)
     product = Product(left, right, before)
-    assert [left.shape[0], right.shape[1]] == list(_accumulated(before).shape), (left.shape, right.shape)
     machine().multiply(product)
     return product
 
 
-def _accumulated(value: Tile | Product) -> Tensor:
-    while isinstance(value, Product):
-        value = value.before
-    return value.value
-
-
 def warpgroup_mma_wait(num_left: int, deps: tuple[Any, ...]) -> Any:
-    machine().role.end_products(num_left)
+    machine().end_products(num_left)
     waited = tuple(
         Tile(dep.result, dep.layout) if isinstance(dep, Product) and dep.result is not None else dep for dep in deps
     )
@@ -115,7 +110,11 @@ def warpgroup_mma_wait(num_left: int, deps: tuple[Any, ...]) -> Any:
 
 
 def fence_async_shared() -> None:
-    machine().unfenced.clear()
+    machine().fence()
+
+
+def _reduced(value: Tensor) -> Tile | Scalar:
+    return Tile(value) if value.dim() else Scalar(value.item())
 
 
 def _nothing(*_arguments: Any) -> None:
@@ -181,11 +180,11 @@ class Language:
             return Scalar(of_numbers(*operands))
         return wrap(of_tensors(*(torch.as_tensor(operand, dtype=tensor.dtype) for operand in operands)), layout)
 
-    def max(self, tile: Tile, axis: int) -> Tile:
-        return Tile(tile.value.amax(axis))
+    def max(self, tile: Tile, axis: int) -> Any:
+        return _reduced(tile.value.amax(axis))
 
-    def sum(self, tile: Tile, axis: int) -> Tile:
-        return Tile(tile.value.sum(axis))
+    def sum(self, tile: Tile, axis: int) -> Any:
+        return _reduced(tile.value.sum(axis, dtype=tile.value.dtype))
 
     def exp(self, tile: Tile) -> Tile:
         return Tile(tile.value.exp(), tile.layout)
@@ -214,22 +213,19 @@ class Language:
         self, text: str, constraints: str, operands: list[Tile], dtype: gl.dtype, is_pure: bool, pack: int
     ) -> Tile:
         assert len(constraints.split(",")) == 1 + len(operands)
+        assert all(operand.value.element_size() * pack == _WORD_BYTES for operand in operands)
         values = torch.broadcast_tensors(*(operand.value for operand in operands))
-        if pack == 2:
-            result = split_words(run_ptx(text, [join_words(value.view(torch.int16)) for value in values]))
-        else:
-            words = run_ptx(text, [value.contiguous().view(torch.int32).long() & 0xFFFFFFFF for value in values])
-            result = words.to(torch.int32)
-        return Tile(result.view(torch_dtype(dtype)), operands[0].layout)
+        words = run_ptx(text, [value.contiguous().view(torch.int32) for value in values])
+        return Tile(words.view(torch_dtype(dtype)), operands[0].layout)
 
     def allocate_shared_memory(self, dtype: gl.dtype, shape: list[int], layout: Any) -> SharedTile | Barriers:
         if isinstance(layout, Mbarrier.MBarrierLayout):
             return Barriers(shape[0])
-        return allocate(torch_dtype(dtype), shape, layout)
+        return SharedTile.allocate(torch_dtype(dtype), shape, layout)
 
     def warp_specialize(self, duties: list[Any], num_warps: list[int], num_registers: list[int]) -> None:
         assert len(num_warps) == len(num_registers) == len(duties) - 1
-        machine().run(
+        machine().run_roles(
             [
                 (f"{function.__name__} ({number})", functools.partial(function, *arguments))
                 for number, (function, arguments) in enumerate(duties)
@@ -277,26 +273,20 @@ def _names(code: CodeType) -> set[str]:
     return {*code.co_names}.union(*map(_names, inner))
 
 
-class EmulatedKernel:
-    """Takes the place of a Gluon kernel."""
-
-    def __init__(self, kernel: GluonJITFunction[Any]) -> None:
-        self._function = _emulated(kernel)
-        parameters = inspect.signature(kernel.fn).parameters.values()
-        self._constants = {parameter.name for parameter in parameters if "constexpr" in str(parameter.annotation)}
-        self._signature = inspect.signature(kernel.fn)
-
-    def __getitem__(self, grid: tuple[int]) -> Callable[..., None]:
-        return functools.partial(self._launch, *grid)
-
-    def _launch(self, num_programs: int, *arguments: Any, launch_pdl: bool = False, **named: Any) -> None:
-        for option in ("num_warps", "maxnreg"):
-            named.pop(option, None)
-        bound = self._signature.bind(*arguments, **named).arguments
-        assert bound.get("PDL", launch_pdl) == launch_pdl
-        values = {name: value if name in self._constants else _argument(value) for name, value in bound.items()}
-        for program in range(num_programs):
-            run_program(program, num_programs, next(_seeds), functools.partial(self._function, **values))
+def _run(kernel: GluonJITFunction[Any], *arguments: Any, grid: tuple[int], warmup: bool, **named: Any) -> None:
+    """Takes the place of ``GluonJITFunction.run``: programs run one after another."""
+    assert not warmup
+    signature = inspect.signature(kernel.fn)
+    options = {name: named.pop(name) for name in {*named} - {*signature.parameters}}
+    bound = signature.bind(*arguments, **named).arguments
+    assert bound.get("PDL", False) == options.get("launch_pdl", False)
+    values = {
+        name: value if "constexpr" in str(signature.parameters[name].annotation) else _argument(value)
+        for name, value in bound.items()
+    }
+    (num_programs,) = grid
+    for program in range(num_programs):
+        Machine(program, num_programs, next(_seeds), functools.partial(_emulated(kernel), **values)).run()
 
 
 def _argument(value: Any) -> Any:
@@ -310,8 +300,6 @@ def _argument(value: Any) -> Any:
     return Scalar(value)
 
 
-def emulate(module: ModuleType, replace: Callable[[ModuleType, str, EmulatedKernel], None]) -> None:
-    """Have ``replace`` set all kernels of ``module`` that are launched to emulated ones."""
-    for name, value in list(vars(module).items()):
-        if isinstance(value, GluonJITFunction) and name.endswith("_kernel"):
-            replace(module, name, EmulatedKernel(value))
+def emulate(replace: Callable[[type, str, Callable[..., None]], None]) -> None:
+    """Have ``replace`` make launches of Gluon kernels emulated ones."""
+    replace(GluonJITFunction, "run", _run)

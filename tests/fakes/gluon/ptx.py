@@ -8,18 +8,18 @@ from collections.abc import Sequence
 import torch
 from torch import Tensor
 
-_WORD = 0xFFFFFFFF
+_SIGN = 1 << 31
 _DTYPES = {"f16x2": torch.float16, "bf16x2": torch.bfloat16}
 
 
 def run_ptx(text: str, inputs: Sequence[Tensor]) -> Tensor:
-    """$0 of the instructions, of inputs $1, $2, ...; all int64 tensors of words of 32 bits, of one shape."""
+    """$0 of the instructions, of inputs $1, $2, ...; all int32 tensors of words, of one shape."""
     registers = {f"${number}": words for number, words in enumerate(inputs, 1)}
 
     def read(operand: str) -> Tensor:
         if operand in registers:
             return registers[operand]
-        return torch.full_like(inputs[0], int(operand, 0))
+        return torch.full_like(inputs[0], (int(operand, 0) + _SIGN) % (2 * _SIGN) - _SIGN)
 
     for statement in text.strip().strip("{}").split(";"):
         statement = statement.strip()
@@ -37,9 +37,9 @@ def _execute(name: str, operands: list[Tensor]) -> Tensor:
         case ["mov", "b32"]:
             return operands[0]
         case ["shr", "u32"]:
-            return operands[0] >> operands[1]
+            return ((operands[0].long() & 0xFFFFFFFF) >> operands[1]).to(torch.int32)
         case ["shl", "b32"]:
-            return (operands[0] << operands[1]) & _WORD
+            return operands[0] << operands[1]
         case ["and", "b32"]:
             return operands[0] & operands[1]
         case ["or", "b32"]:
@@ -58,26 +58,16 @@ def _look_up(operands: list[Tensor], table: int) -> Tensor:
     result = torch.zeros_like(operands[0])
     for place in range(8):
         if table >> place & 1:
-            bits = [words if place >> 2 - index & 1 else ~words & _WORD for index, words in enumerate(operands)]
+            bits = [words if place >> 2 - index & 1 else ~words for index, words in enumerate(operands)]
             result |= bits[0] & bits[1] & bits[2]
     return result
 
 
 def _calculate(operation: str, operands: list[Tensor], dtype: torch.dtype) -> Tensor:
     """Exactly, and then rounded."""
-    numbers = [split_words(words).view(dtype).double() for words in operands]
+    numbers = [words.view(dtype).double() for words in operands]
     if operation == "fma":
         result = numbers[0] * numbers[1] + numbers[2]
     else:
         result = {"add": torch.add, "sub": torch.sub, "mul": torch.mul}[operation](*numbers)
-    return join_words(result.to(dtype).view(torch.int16))
-
-
-def join_words(halves: Tensor) -> Tensor:
-    """Pairs along the last axis of int16 as words, the first one low."""
-    wide = halves.long() & 0xFFFF
-    return wide[..., 0::2] | wide[..., 1::2] << 16
-
-
-def split_words(words: Tensor) -> Tensor:
-    return torch.stack((words & 0xFFFF, words >> 16 & 0xFFFF), -1).flatten(-2).to(torch.int32).to(torch.int16)
+    return result.to(dtype).view(torch.int32)

@@ -71,11 +71,14 @@ class _Value:
         if isinstance(other, Pointer):
             return other + self
         operands = (plain(other), self.value) if swap else (self.value, plain(other))
-        layout = next((item.layout for item in (self, other) if isinstance(item, Tile)), None)
+        layout = getattr(self, "layout", None) or getattr(other, "layout", None)
         return wrap(function(*operands), layout)
 
     def __neg__(self) -> Any:
         return wrap(-self.value, getattr(self, "layout", None))
+
+    def __bool__(self) -> bool:
+        raise TypeError("a tile is no condition")
 
     def __hash__(self) -> int:
         raise TypeError("a value of a kernel is no key")
@@ -151,7 +154,7 @@ class Pointer:
     @classmethod
     def to_tensor(cls, tensor: Tensor) -> Pointer:
         whole = torch.empty(0, dtype=tensor.dtype).set_(tensor.untyped_storage())
-        return cls(whole, tensor.storage_offset())
+        return cls(whole, int(tensor.storage_offset()))
 
     @property
     def dtype(self) -> SimpleNamespace:
