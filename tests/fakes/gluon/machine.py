@@ -12,7 +12,7 @@ import torch
 from torch import Tensor
 
 from .races import Clock, Race, Region, learn
-from .values import Tile, plain
+from .values import Tile, Value, plain
 
 if TYPE_CHECKING:
     from .shared_tile import SharedTile
@@ -43,7 +43,8 @@ class Barrier:
 
     def arrive(self, clock: Clock, count: int = 1) -> None:
         self._missing -= count
-        assert self._missing >= 0, "more arrive at a barrier than it waits for"
+        if self._missing < 0:
+            raise Race("more arrive at a barrier than it waits for")
         learn(self._arrived, clock)
         self._end_phase()
 
@@ -94,7 +95,7 @@ class Copy:
         self.barrier.receive(values.numel() * values.element_size())
 
 
-class Product:
+class Product(Value):
     """left right + before, which may be a product that has not ended."""
 
     def __init__(self, left: Tile | SharedTile, right: SharedTile, before: Tile | Product) -> None:
@@ -106,7 +107,7 @@ class Product:
         self.result: Tensor | None = None
 
     def __getattr__(self, name: str) -> Any:
-        raise Race(f"a product's {name} is used, and it has not been waited for")
+        raise Race(f"{name} of a product that has not been waited for")
 
     def end(self) -> None:
         before = self._before.result if isinstance(self._before, Product) else self._before.value

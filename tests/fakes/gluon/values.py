@@ -62,7 +62,7 @@ def _rest(left: Any, right: Any) -> Any:
     return left - _divide(left, right) * right
 
 
-class _Value:
+class Value:
     """Arithmetic as in the Triton language: the division of integers cuts off."""
 
     value: Any
@@ -95,13 +95,13 @@ def _binary(function: Callable[[Any, Any], Any], *, swap: bool = False) -> Calla
 
 
 for _name, _function in _operators():
-    setattr(_Value, f"__{_name}__", _binary(_function))
-    setattr(_Value, f"__r{_name}__", _binary(_function, swap=True))
+    setattr(Value, f"__{_name}__", _binary(_function))
+    setattr(Value, f"__r{_name}__", _binary(_function, swap=True))
 for _name in ("lt", "le", "gt", "ge", "eq", "ne"):
-    setattr(_Value, f"__{_name}__", _binary(getattr(operator, _name)))
+    setattr(Value, f"__{_name}__", _binary(getattr(operator, _name)))
 
 
-class Scalar(_Value):
+class Scalar(Value):
     """A number that all threads of a program share."""
 
     def __init__(self, value: Number | bool) -> None:
@@ -117,7 +117,7 @@ class Scalar(_Value):
         return Scalar(float(self.value) if dtype.is_floating() else int(self.value))
 
 
-class Tile(_Value):
+class Tile(Value):
     """Elements in registers. ``layout`` is only handed on: that layouts agree is the compiler's to check."""
 
     def __init__(self, value: Tensor, layout: Any = None) -> None:
