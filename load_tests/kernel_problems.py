@@ -12,6 +12,7 @@ from torch import Tensor
 
 from trident_llm.kernels.decode_attention import allocate_workspace, decode_attention
 from trident_llm.kernels.layer_cache import LayerCache
+from trident_llm.kernels.matmul_hopper import matmul_hopper
 from trident_llm.kernels.matrix_vector import matrix_vector
 from trident_llm.kernels.packed_bytes import pack_bytes
 from trident_llm.kernels.packed_weight import pack
@@ -63,7 +64,8 @@ class Linear:
     def release(self) -> None:
         release(self)
 
-    def launches(self, kind: str, config: Any, pdl: bool = True) -> list[Launch]:
+    def launches(self, kind: str, config: Any, pdl: bool = True, num_processors: int = 132) -> list[Launch]:
+        """num_processors: of the device, for the kind that is Hopper's."""
         num_outputs = self.weights[0].shape[0] // (2 if self.silu else 1)
         num_splits = getattr(config, "num_splits", 1)
         out = self.x.new_empty(self.rows, num_outputs)
@@ -72,7 +74,11 @@ class Linear:
         self.out = out
         if kind == "cublas":
             return [lambda w=w: torch.mm(self.x, w.T, out=out) for w in self.weights]
-        kernel = matrix_vector if kind == "matrix_vector" else skinny_matmul
+        kernel = {
+            "matrix_vector": matrix_vector,
+            "skinny": skinny_matmul,
+            "hopper": partial(matmul_hopper, num_processors=num_processors),
+        }[kind]
         return [
             lambda w=w: kernel(self.x, w, out, silu_and_mul=self.silu, config=config, pdl=pdl) for w in self.weights
         ]

@@ -25,9 +25,10 @@ from kernel_problems import LINEAR_SHAPES, Decode, Linear, Prefill, QuantizedLin
 from lora_problem import Lora
 from row_problems import NormRows, SiluRows
 
-from trident_llm.kernels import quantized_matmul, scaled_matmul
+from trident_llm.kernels import quantized_matmul, scaled_matmul, skinny_matmul
 from trident_llm.kernels.decode_attention import DecodeConfig
 from trident_llm.kernels.lora import LoraConfig
+from trident_llm.kernels.matmul_hopper import HopperProductConfig
 from trident_llm.kernels.matrix_vector import MatrixVectorConfig
 from trident_llm.kernels.prefill_attention import PrefillConfig
 from trident_llm.kernels.prefill_attention_hopper import HopperConfig
@@ -58,6 +59,7 @@ def candidates() -> Iterator[Candidate]:
     yield from _decode()
     yield from _matrix_vector()
     yield from _skinny()
+    yield from _hopper()
     yield from _quantized()
     yield from _hopper_quantized()
     yield from _scaled()
@@ -140,6 +142,41 @@ def _skinny() -> Iterator[Candidate]:
             fused = Linear(name, rows, silu=True)
             for config in silu:
                 yield Candidate("skinny", fused, ("skinny", SkinnyConfig(*config)))
+
+
+def _hopper() -> Iterator[Candidate]:
+    """For devices of compute capability 9.0, beside what all devices have."""
+    for rows, name in itertools.product(_HOPPER_PRODUCTS, LINEAR_SHAPES):
+        for silu in (False, True) if name == "gate_up" else (False,):
+            problem = Linear(name, rows, silu=silu)
+            if (name == "head" and rows > 64) or (name == "gate_up" and not silu and rows <= 64):
+                continue
+            if not silu:
+                yield Candidate("hopper", problem, ("cublas", None))
+            few = name in ("o", "down")
+            if rows <= skinny_matmul.MAX_ROWS:
+                num_outputs = LINEAR_SHAPES[name][0] // (2 if silu else 1)
+                plain = skinny_matmul.default_config(rows, num_outputs, silu_and_mul=silu, may_split=few)
+                yield Candidate("hopper", problem, ("skinny", plain))
+            for groups, panels, tile_rows, stages in _HOPPER_PRODUCTS[rows]:
+                if silu and panels == 1:
+                    continue
+                parts = {1: (1, 2), 2: (4,), 4: (4, 8)}[groups * panels] if few and rows <= 128 else (1, 2, 4)
+                for splits in parts if few and rows <= 512 else (1,):
+                    config = HopperProductConfig(groups, panels, tile_rows, stages, splits)
+                    yield Candidate("hopper", problem, ("hopper", config))
+
+
+_HOPPER_PRODUCTS = {
+    8: [(1, 1, 16, 20), (1, 1, 16, 10), (1, 2, 16, 11), (1, 2, 16, 5), (1, 4, 16, 6), (1, 4, 16, 3)],
+    32: [(1, 1, 32, 16), (1, 1, 32, 8), (1, 2, 32, 10), (1, 2, 32, 5), (1, 4, 32, 5), (1, 4, 32, 3)],
+    64: [(1, 1, 64, 12), (1, 1, 64, 6), (1, 2, 64, 8), (1, 2, 64, 4), (1, 4, 64, 5), (2, 2, 64, 5)],
+    128: [(1, 1, 128, 8), (1, 2, 128, 6), (1, 2, 128, 3), (2, 1, 128, 6), (2, 2, 128, 4)],
+    256: [(2, 2, 128, 4), (2, 1, 256, 4), (2, 1, 128, 6)],
+    512: [(2, 2, 128, 4), (2, 1, 256, 4)],
+    2048: [(2, 2, 128, 4), (2, 1, 256, 4)],
+}
+"""By rows: groups, panels, rows of a tile and stages."""
 
 
 def _quantized() -> Iterator[Candidate]:

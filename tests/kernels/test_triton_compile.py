@@ -2,26 +2,22 @@
 
 from __future__ import annotations
 
-import re
-import subprocess
 from dataclasses import replace
 from pathlib import Path
-from typing import Any
 
 import pytest
 import torch
-import triton.backends.nvidia
-from triton.runtime import driver
 
 from tests.fakes.fake_hopper import FakeHopperDriver
 from tests.fakes.paged_steps import Chunk, PagedSteps
+from tests.kernels.compiled import CPU, assert_no_stack, empty_weight, machine_code
 from trident_llm.kernels.adjust_logits import AdjustmentTensors, adjust_logits, count_tokens
 from trident_llm.kernels.layer_cache import SCALED_LIMITS, LayerCache
 from trident_llm.kernels.lora import add_lora
 from trident_llm.kernels.lora_layer import LoraRows, allocate_lora_layer
 from trident_llm.kernels.quantize_rows import quantize_rows
 from trident_llm.kernels.quantized_rows import allocate_rows
-from trident_llm.kernels.quantized_weight import BITS, Activations, QuantizedWeight
+from trident_llm.kernels.quantized_weight import BITS, Activations
 from trident_llm.kernels.rms_norm import rms_norm
 from trident_llm.kernels.sample_tokens import SamplingTensors, allocate_workspace, sample_tokens
 from trident_llm.kernels.scaled_matmul import scaled_matmul
@@ -30,15 +26,6 @@ from trident_llm.kernels.token_logprobs import token_logprobs
 from trident_llm.kernels.triton_language import TritonLanguageKernels
 
 KERNELS = TritonLanguageKernels(num_processors=132, pdl=True)
-KERNELS_OF_HOPPER = TritonLanguageKernels(num_processors=132, pdl=True, hopper=True)
-CPU = torch.device("cpu")
-
-
-@pytest.fixture
-def hopper(monkeypatch: pytest.MonkeyPatch) -> FakeHopperDriver:
-    fake = FakeHopperDriver()
-    monkeypatch.setattr(driver, "_active", fake)
-    return fake
 
 
 @pytest.mark.parametrize("long_contexts", [False, True])
@@ -92,59 +79,6 @@ def test_matrix_instructions_of_prefill_attention_overlap(
     assert code.count("WARPGROUP.DEPBAR") < code.count("HGMMA") // 2
 
 
-@pytest.mark.parametrize(
-    ("heads", "block_size", "dtype"),
-    [(32, 16, torch.bfloat16), (32, 16, torch.float16), (64, 32, torch.bfloat16)],
-)
-def test_warps_of_prefill_attention_on_hopper_have_their_duties(
-    hopper: FakeHopperDriver, tmp_path: Path, heads: int, block_size: int, dtype: torch.dtype
-) -> None:
-    """Registers move to the attending warps, none is spilled, and exponentials run beside matrix instructions."""
-    kernels = KERNELS_OF_HOPPER
-    steps = PagedSteps(1, max_len=256, block_size=block_size)
-    plan = kernels.plan_attention(steps.metadata([Chunk(0, 0, 200)]), dtype=dtype)
-    cache = LayerCache(torch.empty(steps.num_blocks, block_size, 2, 8, 128, dtype=dtype))
-    kernels.paged_attention(torch.empty(200, heads, 128, dtype=dtype), cache, plan, 0.1)
-    [(name, _, shared)] = hopper.compiled
-    assert name == "_hopper_prefill_attention_kernel"
-    assert shared <= 227 * 1024
-    assert_no_stack(hopper, name, tmp_path)
-    code = machine_code(hopper, name, tmp_path)
-    assert "USETMAXREG.TRY_ALLOC.CTAPOOL UP0, 0xe8" in code
-    # Q for two groups of warps; a block of K and of V each, in rows of 64 elements.
-    assert code.count("UTMALDG.3D") == 2 * 2
-    assert code.count("UTMALDG.2D") == 2 * 2 * 128 // block_size
-    # By group: first scores, two loops with scores and output, last output.
-    waits = re.findall(r"WARPGROUP.DEPBAR.LE gsb0, (0x\d)|(MUFU.EX2)", code)
-    order = "".join(number[-1] if number else "e" for number, _ in waits)
-    exponentials = "e" * 66
-    loop = f"1{exponentials}0"
-    assert order == f"0{exponentials}{loop}{loop}0" * 2
-
-
-@pytest.mark.parametrize(
-    "changed",
-    [{"soft_cap": 30.0}, {"sliding_window": 64}, {"block_size": 24}, {"head_dim": 64}, {"heads": 40},
-     {"cache_dtype": torch.int8}, {"dtype": torch.float32}],
-    ids=str,
-)  # fmt: skip
-def test_other_prompts_on_hopper_keep_the_kernel_for_all_devices(
-    hopper: FakeHopperDriver, changed: dict[str, Any]
-) -> None:
-    case = {"soft_cap": None, "sliding_window": None, "block_size": 16, "head_dim": 128, "heads": 32,
-            "dtype": torch.bfloat16} | changed  # fmt: skip
-    kernels = KERNELS_OF_HOPPER
-    steps = PagedSteps(1, max_len=480, block_size=case["block_size"])
-    metadata = steps.metadata([Chunk(0, 0, 200)])
-    plan = kernels.plan_attention(metadata, dtype=case["dtype"], sliding_window=case["sliding_window"])
-    cache_dtype = case.get("cache_dtype", case["dtype"])
-    values = torch.empty(steps.num_blocks, case["block_size"], 2, 8, case["head_dim"], dtype=cache_dtype)
-    cache = LayerCache(values, torch.empty(values.shape[:-1]) if cache_dtype in SCALED_LIMITS else None)
-    q = torch.empty(200, case["heads"], case["head_dim"], dtype=case["dtype"])
-    kernels.paged_attention(q, cache, plan, 0.1, case["soft_cap"])
-    assert [name for name, _, _ in hopper.compiled] == ["_prefill_attention_kernel"]
-
-
 @pytest.mark.parametrize("num_rows", [1, 4, 8, 64])
 @pytest.mark.parametrize("num_inputs", [4096, 14336])
 def test_linear(hopper: FakeHopperDriver, num_rows: int, num_inputs: int) -> None:
@@ -152,24 +86,6 @@ def test_linear(hopper: FakeHopperDriver, num_rows: int, num_inputs: int) -> Non
     KERNELS.linear(x, weight)
     KERNELS.linear_silu_and_mul(x, weight)
     assert hopper.compiled
-
-
-def machine_code(hopper: FakeHopperDriver, name: str, folder: Path) -> str:
-    """A kernel's instructions."""
-    cubin = folder / "kernel.cubin"
-    cubin.write_bytes(hopper.machine_code[name])
-    tool = Path(triton.backends.nvidia.__file__).parent / "bin" / "nvdisasm"
-    return subprocess.run([tool, "-c", cubin], capture_output=True, text=True, check=True).stdout
-
-
-def empty_weight(
-    num_outputs: int, num_inputs: int, bits: int, activations: Activations = "none"
-) -> QuantizedWeight:
-    group_size = 128 if activations == "none" else num_inputs
-    codes = torch.empty(num_outputs, num_inputs, dtype=torch.float8_e4m3fn if activations == "fp8" else torch.uint8)
-    scales = torch.empty(num_outputs, num_inputs // group_size)
-    zero_points = torch.full_like(scales, 2 ** (bits - 1), dtype=torch.uint8)
-    return QuantizedWeight(codes, scales, zero_points, bits, group_size, activations)
 
 
 @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
@@ -188,57 +104,6 @@ def test_quantized_linear(hopper: FakeHopperDriver, bits: int, dtype: torch.dtyp
     assert {name for name, _, _ in hopper.compiled} == expected | (
         {"_quantized_vector_kernel"} if bits in (4, 8) else set()
     )
-
-
-@pytest.mark.parametrize("num_rows", [16, 64, 256])
-@pytest.mark.parametrize("silu", [False, True])
-def test_words_are_unpacked_beside_matrix_instructions_on_hopper(
-    hopper: FakeHopperDriver, tmp_path: Path, num_rows: int, silu: bool
-) -> None:
-    """Few registers are spilled, and a product waits for the one before last until a block's words are used up."""
-    weight, x = KERNELS_OF_HOPPER.pack_linear(empty_weight(6144, 4096, 4)), torch.empty(num_rows, 4096).bfloat16()
-    if silu:
-        KERNELS_OF_HOPPER.linear_silu_and_mul(x, weight)
-    else:
-        KERNELS_OF_HOPPER.linear(x, weight)
-    name, _, shared = hopper.compiled[0]
-    assert name == "_hopper_quantized_matmul_kernel"
-    assert shared <= 227 * 1024
-    assert stack_bytes(hopper, name, tmp_path) <= 16
-    code = machine_code(hopper, name, tmp_path)
-    panels = 1 if num_rows == 256 else 2
-    assert code.count("HGMMA") == 2 * panels * 4 * 4
-    waits = "".join(re.findall(r"WARPGROUP.DEPBAR.LE gsb0, 0x(\d)", code))
-    assert waits == f"{panels}{panels}{panels}0" * 2
-
-
-@pytest.mark.parametrize("num_rows", [40, 600, 5000])
-def test_an_order_of_the_inputs_is_applied_once(
-    hopper: FakeHopperDriver, monkeypatch: pytest.MonkeyPatch, num_rows: int
-) -> None:
-    weight = replace(KERNELS_OF_HOPPER.pack_linear(empty_weight(512, 4096, 4)), input_order=torch.arange(4096))
-    gather = torch.Tensor.index_select
-    gathered: list[Any] = []
-    monkeypatch.setattr(torch.Tensor, "index_select", lambda x, *args: gathered.append(args) or gather(x, *args))
-    x, residual = torch.empty(num_rows, 4096).bfloat16(), torch.empty(num_rows, 512).bfloat16()
-    KERNELS_OF_HOPPER.linear(x, weight)
-    KERNELS_OF_HOPPER.linear_silu_and_mul(x, weight)
-    KERNELS_OF_HOPPER.linear_add_rms_norm(x, weight, None, residual, residual[0], 1e-5)
-    assert len(gathered) == 3
-    assert hopper.compiled
-
-
-@pytest.mark.parametrize("num_rows", [16, 300, 3000])
-def test_int8_on_hopper(hopper: FakeHopperDriver, tmp_path: Path, num_rows: int) -> None:
-    weight = KERNELS_OF_HOPPER.pack_linear(empty_weight(6144, 4096, 8, "int8"))
-    rows = quantize_rows(torch.empty(num_rows, 4096, dtype=torch.bfloat16), torch.int8, pdl=True)
-    KERNELS_OF_HOPPER.linear(rows, weight)
-    names = [name for name, _, _ in hopper.compiled]
-    assert names[:2] == ["_quantize_rows_kernel", "_hopper_scaled_matmul_kernel"]
-    assert_no_stack(hopper, names[1], tmp_path)
-    code = machine_code(hopper, names[1], tmp_path)
-    assert code.count("IGMMA") >= 8
-    assert "".join(re.findall(r"WARPGROUP.DEPBAR.LE gsb0, 0x(\d)", code)) == "1010"
 
 
 def test_words_of_few_rows_go_straight_to_the_matrix_instruction(hopper: FakeHopperDriver, tmp_path: Path) -> None:
@@ -279,21 +144,6 @@ def test_rows_that_become_8_bits_stay_in_registers(
     for size in (14336, MAX_SIZE):
         silu_and_quantize(torch.empty(64, 2 * size, dtype=dtype), codes, pdl=True)
         assert_no_stack(hopper, "_silu_and_quantize_kernel", tmp_path)
-
-
-def stack_bytes(hopper: FakeHopperDriver, name: str, folder: Path) -> int:
-    """Local memory of a thread of a kernel."""
-    cubin = folder / "kernel.cubin"
-    cubin.write_bytes(hopper.machine_code[name])
-    tool = Path(triton.backends.nvidia.__file__).parent / "bin" / "cuobjdump"
-    usage = subprocess.run([tool, "--dump-resource-usage", cubin], capture_output=True, text=True, check=True).stdout
-    stack, local = (re.search(f" {kind}:(\\d+) ", usage) for kind in ("STACK", "LOCAL"))
-    assert stack is not None and local is not None
-    return int(stack[1]) + int(local[1])
-
-
-def assert_no_stack(hopper: FakeHopperDriver, name: str, folder: Path) -> None:
-    assert stack_bytes(hopper, name, folder) == 0
 
 
 @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16, torch.float32])

@@ -18,21 +18,11 @@ from triton.experimental.gluon.language.nvidia.hopper import (
 from triton.language.extra.cuda import gdc_wait
 
 from .hopper_barriers import barrier, begin_fill, release, wait_filled, wait_for
-from .hopper_tiles import count_items, locate_tile, store_tile
+from .hopper_tiles import count_items, locate_panel, locate_tile, store_tile
 from .unpack_codes import offset_base, unpack_text
 
 CHUNK: gl.constexpr = gl.constexpr(64)
 """Inputs between two codes of a word, inputs of a stage of x, and outputs of a panel."""
-
-
-@gluon.jit
-def _panel(output_tile, index, num_outputs, PANELS: gl.constexpr, SILU: gl.constexpr):
-    """Panel number ``index`` of a tile: groups of warps have PANELS each, with SILU one of gate and the same of up."""
-    if SILU:
-        panel = output_tile * 2 + index // 2 + index % 2 * (num_outputs // CHUNK)
-    else:
-        panel = output_tile * (2 * PANELS) + index
-    return panel
 
 
 @gluon.jit
@@ -54,7 +44,7 @@ def load_words(
         for block in range(begin, end):
             stage = begin_fill(full, empty, count, 2 * PANELS * CHUNK * CHUNK * 2)
             for index in gl.static_range(2 * PANELS):
-                panel = _panel(output_tile, index, num_outputs, PANELS, SILU)
+                panel = locate_panel(output_tile, index, num_outputs, 2 * PANELS, SILU)
                 tma.async_copy_global_to_shared(
                     word_rows,
                     [(panel * blocks + block) * CHUNK, 0],
@@ -171,7 +161,7 @@ def multiply_tiles(
         outputs = ()  # type: tuple
         sums = ()  # type: tuple
         for index in gl.static_range(PANELS):
-            panel = _panel(output_tile, WARP_GROUP * PANELS + index, num_outputs, PANELS, SILU)
+            panel = locate_panel(output_tile, WARP_GROUP * PANELS + index, num_outputs, 2 * PANELS, SILU)
             # Outputs beyond the last have words of zeros and somebody else's scales; nothing is written for them.
             last = num_outputs * (2 if SILU else 1) - 1
             outputs = outputs + (gl.minimum(panel * CHUNK + in_panel, last),)
@@ -221,7 +211,7 @@ def multiply_tiles(
             up = sums[1].to(out.dtype.element_ty).to(gl.float32)
             sums = (gate / (1.0 + gl.exp(-gate)) * up,)
         for index in gl.static_range(1 if SILU else PANELS):
-            first_output = _panel(output_tile, WARP_GROUP * PANELS + index, num_outputs, PANELS, SILU) * CHUNK
+            first_output = locate_panel(output_tile, WARP_GROUP * PANELS + index, num_outputs, 2 * PANELS, SILU) * CHUNK
             result = sums[index]
             if HAS_BIAS:
                 biased = first_output + gl.arange(0, CHUNK, layout=gl.SliceLayout(1, SUMS))

@@ -7,6 +7,8 @@ from triton.experimental.gluon import language as gl
 
 _NEIGHBOURS: gl.constexpr = gl.constexpr(16)
 """Tiles of rows that are multiplied one after another with the same outputs: their x stays in the L2 cache."""
+PANEL: gl.constexpr = gl.constexpr(64)
+"""Outputs of a matrix instruction."""
 _MAX_SPLIT_ROWS = 512
 """With more the parts of a sum are too large to be written and read again."""
 
@@ -39,6 +41,17 @@ def locate_tile(item, work):
     rest -= first_row * output_tiles
     begin = split * share
     return first_row + rest % neighbours, rest // neighbours, split, begin, gl.minimum(begin + share, blocks)
+
+
+@gluon.jit
+def locate_panel(output_tile, index, num_outputs, PANELS: gl.constexpr, SILU: gl.constexpr):
+    """Panel number ``index`` of a tile of PANELS, among all of a weight's panels of 64 outputs. With SILU a tile's are
+    one of gate, the same of up, and so on; the weight has num_outputs of each."""
+    if SILU:
+        panel = output_tile * (PANELS // 2) + index // 2 + index % 2 * (num_outputs // PANEL)
+    else:
+        panel = output_tile * PANELS + index
+    return panel
 
 
 @gluon.jit

@@ -19,6 +19,8 @@ from .checks import FLOAT_DTYPES, check_dtype, check_last_contiguous, check_shap
 from .lora_layer import TILE_ROWS, LoraLayer, LoraRows
 
 MAX_PARTS = 3
+READ_COLUMNS: tl.constexpr = tl.constexpr(64)
+"""Of all slots' ranks: what a reader of ``shrink`` with fill reads together or not at all."""
 _TILE_RANKS = 16
 """Ranks of a program: the matrix instructions' least."""
 _SHARES = 8
@@ -53,6 +55,26 @@ def joined_split(num_inputs: int, num_outputs: int) -> int:
 
 
 @triton.jit
+def _is_read(
+    tile_slots,  # [1 + tiles, S] int32
+    ranks,  # [S] int32
+    column,
+    max_rank,
+    num_slots,
+    SIZE: tl.constexpr,
+    PADDED_SLOTS: tl.constexpr,
+):
+    """Whether SIZE columns of all slots' ranks lie in a ``READ_COLUMNS`` of which any row takes one."""
+    places = tl.arange(0, PADDED_SLOTS)
+    own = tl.load(tile_slots + places, mask=places < num_slots, other=-1)
+    rank = tl.load(ranks + places, mask=own >= 0, other=0)
+    begin = places * max_rank // READ_COLUMNS
+    last = (places * max_rank + rank - 1) // READ_COLUMNS
+    near = (rank > 0) & (begin <= (column + SIZE - 1) // READ_COLUMNS) & (last >= column // READ_COLUMNS)
+    return tl.max(near.to(tl.int32), axis=0) != 0
+
+
+@triton.jit
 def _shrink_kernel(
     x,  # [num_rows, num_inputs]
     a,  # [S, NUM_PARTS, max_rank, num_inputs]
@@ -75,33 +97,64 @@ def _shrink_kernel(
     SHARE_INPUTS: tl.constexpr,
     STEPS: tl.constexpr,
     PADDED_SLOTS: tl.constexpr,
+    FILL: tl.constexpr,
+    TILES: tl.constexpr,
     PDL: tl.constexpr,
 ):
-    tile, split = tl.program_id(0), tl.program_id(2)
+    tile, num_tiles, split = tl.program_id(0), tl.num_programs(0), tl.program_id(2)
     rank_tiles = (max_rank + TILE_RANKS - 1) // TILE_RANKS
     rank_tile = tl.program_id(1) % rank_tiles
     part = tl.program_id(1) // rank_tiles % NUM_PARTS
     slot = tl.program_id(1) // (rank_tiles * NUM_PARTS)
     # Slots, ranks and matrices are older than the step: only x and the weights are waited for.
-    if tl.load(tile_slots + slot) < 0:
-        # The kernel that follows begins when all programs have ended or allow it: one must know that x is there.
-        if PDL & (tile == 0) & (tl.program_id(1) == 0) & (split == 0):
-            gdc_wait()
-        return
     places = tl.arange(0, PADDED_SLOTS)
-    own = tl.load(tile_slots + (tile + 1) * num_slots + places, mask=places < num_slots, other=-1)
-    is_own = tl.max((own == slot).to(tl.int32), axis=0)
-    rank = tl.load(ranks + slot) * is_own
     rows = tile * TILE_ROWS + tl.arange(0, TILE_ROWS)
     wanted = rank_tile * TILE_RANKS + tl.arange(0, TILE_RANKS)
-    row_places = ((split * NUM_PARTS + part) * num_rows + rows).to(tl.int64) * num_slots + slot
+    first_place = (split * NUM_PARTS + part) * num_rows
+    row_places = (first_place + rows).to(tl.int64) * num_slots + slot
     out = hidden + row_places[None, :] * max_rank + wanted[:, None]
     out_mask = (wanted < max_rank)[:, None] & (rows < num_rows)[None, :]
-    if rank_tile * TILE_RANKS >= rank:
-        if PDL:
-            gdc_wait()
-        tl.store(out, tl.zeros([TILE_RANKS, TILE_ROWS], hidden.dtype.element_ty), mask=out_mask)
-        return
+    if FILL:
+        column = slot * max_rank + rank_tile * TILE_RANKS
+        if not _is_read(tile_slots, ranks, column, max_rank, num_slots, TILE_RANKS, PADDED_SLOTS):
+            if PDL & (tile == 0) & (tl.program_id(1) == 0) & (split == 0):
+                gdc_wait()
+            return
+        # Programs with nothing to multiply end at once, so that the others start. The first tile of rows that has
+        # something fills the places of those that have not; where none has, the first of all does.
+        tiles = tl.arange(0, TILES)
+        all_own = tl.load(
+            tile_slots + (tiles + 1)[:, None] * num_slots + places[None, :],
+            mask=(tiles < num_tiles)[:, None] & (places < num_slots)[None, :], other=-1,
+        )  # fmt: skip
+        taken = tl.max((all_own == slot).to(tl.int32), axis=1) * (rank_tile * TILE_RANKS < tl.load(ranks + slot))
+        all_rows = tiles[:, None] * TILE_ROWS + tl.arange(0, TILE_ROWS)[None, :]
+        all_places = (first_place + all_rows).to(tl.int64) * num_slots + slot
+        empty = hidden + all_places[None, :, :] * max_rank + wanted[:, None, None]
+        empty_mask = (wanted < max_rank)[:, None, None] & ((taken == 0)[:, None] & (all_rows < num_rows))[None, :, :]
+        nothing = tl.zeros([TILE_RANKS, TILES, TILE_ROWS], hidden.dtype.element_ty)
+        first_tile = tl.min(tl.where(taken != 0, tiles, TILES), axis=0)
+        rank = tl.load(ranks + slot) * tl.max(tl.where(tiles == tile, taken, 0), axis=0)
+        if rank == 0:
+            if (tile == 0) & (first_tile == TILES):
+                if PDL:
+                    gdc_wait()
+                    gdc_launch_dependents()
+                tl.store(empty, nothing, mask=empty_mask)
+            return
+    else:
+        if tl.load(tile_slots + slot) < 0:
+            # The kernel that follows begins when all programs have ended or allow it: one must know that x is there.
+            if PDL & (tile == 0) & (tl.program_id(1) == 0) & (split == 0):
+                gdc_wait()
+            return
+        own = tl.load(tile_slots + (tile + 1) * num_slots + places, mask=places < num_slots, other=-1)
+        rank = tl.load(ranks + slot) * tl.max((own == slot).to(tl.int32), axis=0)
+        if rank_tile * TILE_RANKS >= rank:
+            if PDL:
+                gdc_wait()
+            tl.store(out, tl.zeros([TILE_RANKS, TILE_ROWS], hidden.dtype.element_ty), mask=out_mask)
+            return
     # Each share of a step's columns is the business of one warp.
     columns = tl.arange(0, SHARES)[:, None] * SHARE_INPUTS + tl.arange(0, SHARE_INPUTS)[None, :]
     columns += split * inputs_per_split
@@ -133,6 +186,9 @@ def _shrink_kernel(
     acc = tl.dot(a_next, x_next, acc, input_precision="ieee")
     result = tl.sum(acc, axis=0) * weight[None, :]
     tl.store(out, tl.where((wanted < rank)[:, None], result, 0.0).to(hidden.dtype.element_ty), mask=out_mask)
+    if FILL:  # noqa: SIM102 - the language evaluates both sides of an "and"
+        if tile == first_tile:
+            tl.store(empty, nothing, mask=empty_mask)
 
 
 @triton.jit
@@ -258,12 +314,19 @@ def add_lora(
 
 
 def shrink(
-    x: Tensor, layer: LoraLayer, rows: LoraRows, *, inputs_per_split: int | None = None, pdl: bool = False
+    x: Tensor,
+    layer: LoraLayer,
+    rows: LoraRows,
+    *,
+    inputs_per_split: int | None = None,
+    fill: bool = False,
+    pdl: bool = False,
 ) -> Tensor:
     """A x times the rows' weights: [splits to be added up, P, T, S, R] of x's dtype.
 
-    Written for slots that any row takes: zeros where a row's tile takes none of it, and beyond a slot's rank. With pdl
-    a kernel that is launched next may begin when x is there: it must wait before it reads the result.
+    Written for slots that any row takes: zeros where a row's tile takes none of it, and beyond a slot's rank. With
+    fill also for other slots in the same ``READ_COLUMNS``. With pdl a kernel that is launched next may begin when x is
+    there: it must wait before it reads the result.
     """
     num_rows, num_inputs = x.shape
     num_slots, num_parts, max_rank, _ = layer.a.shape
@@ -283,7 +346,8 @@ def shrink(
             inputs_per_split, x.stride(0), *strides, NUM_PARTS=num_parts, TILE_ROWS=TILE_ROWS,
             TILE_RANKS=_TILE_RANKS, SHARES=_SHARES, SHARE_INPUTS=share_inputs,
             STEPS=triton.cdiv(inputs_per_split, _SHARES * share_inputs),
-            PADDED_SLOTS=triton.next_power_of_2(num_slots), PDL=pdl, num_warps=_SHARES,
+            PADDED_SLOTS=triton.next_power_of_2(num_slots), FILL=fill,
+            TILES=triton.next_power_of_2(num_tiles) if fill else 1, PDL=pdl, num_warps=_SHARES,
             **({"launch_pdl": True} if pdl else {}),
         )  # fmt: skip
     return hidden

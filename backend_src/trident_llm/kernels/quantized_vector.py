@@ -42,7 +42,7 @@ def default_config(num_inputs: int, bits: int) -> VectorConfig:
     """The fastest of those timed on an H100 for the shapes of Mistral-7B."""
     blocks = num_inputs // block_inputs(bits)
     if bits == 8 and blocks % 8 == 0:
-        return VectorConfig(16, 8, 2)
+        return VectorConfig(16, 8, min(2, blocks // 8))
     warps = next(warps for warps in (4, 2, 1) if blocks % warps == 0)
     return VectorConfig(16, warps, min(4 if blocks <= 16 else 7, blocks // warps))
 
