@@ -133,7 +133,7 @@ class DenseLinear:
     ) -> SkinnyConfig | HopperProductConfig | None:
         (num_rows, num_inputs), halves = x.shape, 2 if silu else 1
         num_outputs = weight.shape[0] // halves
-        if num_rows <= matrix_vector.MAX_ROWS or x.dtype not in HALF_DTYPES or weight.dtype != x.dtype:
+        if not num_rows or x.dtype not in HALF_DTYPES or weight.dtype != x.dtype:
             return None
         if self._is_for_hopper(x, weight, silu):
             config = matmul_hopper.default_config(
@@ -142,6 +142,8 @@ class DenseLinear:
             )  # fmt: skip
             if config is not None and matmul_hopper.takes_updates(layer, config.tile_outputs // halves):
                 return config
+        if num_rows <= matrix_vector.MAX_ROWS:
+            return None
         plain = _skinny_config(num_rows, num_outputs, num_inputs, silu=silu, may_split=may_split)
         return plain if plain is not None and takes_updates(layer, plain.tile_outputs) else None
 

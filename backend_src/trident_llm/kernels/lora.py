@@ -23,6 +23,8 @@ READ_COLUMNS: tl.constexpr = tl.constexpr(64)
 """Of all slots' ranks: what a reader of ``shrink`` with fill reads together or not at all."""
 _TILE_RANKS = 16
 """Ranks of a program: the matrix instructions' least."""
+_FILLED_TILES = 8
+"""Of rows: with so many or fewer the same kernel serves all."""
 _SHARES = 8
 """Warps of shrink, each with columns of its own."""
 _SHARE_BYTES = 256
@@ -74,7 +76,7 @@ def _is_read(
     return tl.max(near.to(tl.int32), axis=0) != 0
 
 
-@triton.jit
+@triton.jit(do_not_specialize=["num_rows", "stride_weights_part", "stride_weights_row"])
 def _shrink_kernel(
     x,  # [num_rows, num_inputs]
     a,  # [S, NUM_PARTS, max_rank, num_inputs]
@@ -98,7 +100,7 @@ def _shrink_kernel(
     STEPS: tl.constexpr,
     PADDED_SLOTS: tl.constexpr,
     FILL: tl.constexpr,
-    TILES: tl.constexpr,
+    TILES: tl.constexpr,  # of rows, or more; 1 unless FILL
     PDL: tl.constexpr,
 ):
     tile, num_tiles, split = tl.program_id(0), tl.num_programs(0), tl.program_id(2)
@@ -347,7 +349,7 @@ def shrink(
             TILE_RANKS=_TILE_RANKS, SHARES=_SHARES, SHARE_INPUTS=share_inputs,
             STEPS=triton.cdiv(inputs_per_split, _SHARES * share_inputs),
             PADDED_SLOTS=triton.next_power_of_2(num_slots), FILL=fill,
-            TILES=triton.next_power_of_2(num_tiles) if fill else 1, PDL=pdl, num_warps=_SHARES,
+            TILES=max(_FILLED_TILES, triton.next_power_of_2(num_tiles)) if fill else 1, PDL=pdl, num_warps=_SHARES,
             **({"launch_pdl": True} if pdl else {}),
         )  # fmt: skip
     return hidden

@@ -138,9 +138,10 @@ def _used_columns(
 
 
 @gluon.jit
-def _part(first_output, SIZE0: gl.constexpr, SIZE1: gl.constexpr):
-    """The part of a layer that an output belongs to."""
-    return (first_output >= SIZE0).to(gl.int32) + (first_output >= SIZE0 + SIZE1).to(gl.int32)
+def _part(first_output, parts):
+    """The part of a layer that an output belongs to. parts: sizes of the first two, their number, and of splits of what
+    shrink has made."""
+    return (first_output >= parts[0]).to(gl.int32) + (first_output >= parts[0] + parts[1]).to(gl.int32)
 
 
 @gluon.jit
@@ -151,12 +152,12 @@ def _load_weights(
     ranks,
     ring,
     work,
+    parts,
     num_outputs,
     PANELS: gl.constexpr,
     SILU: gl.constexpr,
     UPDATES: gl.constexpr,
     SLOTS: gl.constexpr,
-    HIDDEN_SPLITS: gl.constexpr,
 ):
     """What the warp does that loads weights. They are constant: it waits for no earlier kernel."""
     _x, w_shared, full, empty = ring
@@ -178,7 +179,7 @@ def _load_weights(
         if UPDATES:
             COLUMNS: gl.constexpr = (SLOTS[0] * SLOTS[1] + READ_COLUMNS - 1) // READ_COLUMNS
             used = _used_columns(tile_slots, ranks, SLOTS[0], SLOTS[1], SLOTS[2], 1)
-            for number in range(split, COLUMNS * HIDDEN_SPLITS, splits):
+            for number in range(split, COLUMNS * parts[3], splits):
                 column = number % COLUMNS
                 if ((used >> column) & 1) != 0:
                     for half in gl.static_range(HALVES):
@@ -200,6 +201,7 @@ def _load_x(
     ranks,
     ring,
     work,
+    parts,
     num_rows,
     num_outputs,
     PANELS: gl.constexpr,
@@ -207,8 +209,6 @@ def _load_x(
     PDL: gl.constexpr,
     UPDATES: gl.constexpr,
     SLOTS: gl.constexpr,
-    PARTS: gl.constexpr,
-    HIDDEN_SPLITS: gl.constexpr,
 ):
     """What the warp does that loads x, and what shrink has made of it."""
     x_shared, _w, full, empty = ring
@@ -232,12 +232,12 @@ def _load_x(
             used = _used_columns(tile_slots, ranks, SLOTS[0], SLOTS[1], SLOTS[2], 1)
             if PDL:
                 gdc_wait()
-            for number in range(split, COLUMNS * HIDDEN_SPLITS, splits):
+            for number in range(split, COLUMNS * parts[3], splits):
                 column = number % COLUMNS
                 if ((used >> column) & 1) != 0:
                     for half in gl.static_range(2 if SILU else 1):
                         first_output = locate_panel(output_tile, half, num_outputs, PANELS, SILU) * _CHUNK
-                        part = number // COLUMNS * PARTS[2] + _part(first_output, PARTS[0], PARTS[1])
+                        part = number // COLUMNS * parts[2] + _part(first_output, parts)
                         stage = begin_fill(full, empty, count, TILE_ROWS * _CHUNK * 2)
                         tma.async_copy_global_to_shared(
                             hidden_rows, [part * num_rows, column * READ_COLUMNS], full.index(stage),
@@ -287,6 +287,7 @@ def _multiply_tiles(
     ranks,
     ring,
     work,
+    parts,
     sizes,  # num_rows, num_outputs, layer_outputs, num_slots
     strides,  # of out's rows and parts, of weights' parts and rows
     GROUP: gl.constexpr,
@@ -296,8 +297,6 @@ def _multiply_tiles(
     SILU: gl.constexpr,
     UPDATES: gl.constexpr,
     SLOTS: gl.constexpr,
-    PARTS: gl.constexpr,
-    HIDDEN_SPLITS: gl.constexpr,
 ):
     """What group of warps number GROUP does. Arguments as in the kernel."""
     x_shared, w_shared, full, empty = ring
@@ -334,7 +333,7 @@ def _multiply_tiles(
                 grown = ()  # type: tuple
                 for index in gl.static_range(PANELS):
                     panel = locate_panel(output_tile, GROUP * PANELS + index, num_outputs, TILE_PANELS, SILU)
-                    part = _part(panel * _CHUNK, PARTS[0], PARTS[1])
+                    part = _part(panel * _CHUNK, parts)
                     gain = _gain(
                         gains, has_gains, weights + part * stride_weights_part, tile_slots, ranks, panel * _CHUNK,
                         num_rows, layer_outputs, num_slots, stride_weights_row, TILE_ROWS, SUMS,
@@ -343,7 +342,7 @@ def _multiply_tiles(
                 sums = grown
             COLUMNS: gl.constexpr = (SLOTS[0] * SLOTS[1] + READ_COLUMNS - 1) // READ_COLUMNS
             used = _used_columns(tile_slots, ranks, SLOTS[0], SLOTS[1], SLOTS[2], 4)
-            for number in range(split, COLUMNS * HIDDEN_SPLITS, splits):
+            for number in range(split, COLUMNS * parts[3], splits):
                 if ((used >> (number % COLUMNS)) & 1) != 0:
                     for half in gl.static_range(HALVES):
                         stage = wait_filled(full, count)
@@ -376,14 +375,19 @@ def _multiply_tiles(
             store_tile(target + first_output, result, row_limit, num_outputs - first_output, stride_out)
 
 
-@gluon.jit(do_not_specialize=["num_rows", "num_slots", "row_tiles", "output_tiles", "splits", "blocks"])
+@gluon.jit(
+    do_not_specialize=[
+        "num_rows", "num_slots", "size0", "size1", "num_parts", "hidden_splits", "row_tiles", "output_tiles", "splits",
+        "blocks", "stride_weights_part", "stride_weights_row",
+    ]
+)  # fmt: skip
 def _hopper_matmul_kernel(
     x_rows,  # [num_rows, num_inputs], in boxes of [TILE_ROWS, 64]
     weight_rows,  # [num_outputs, num_inputs], twice the outputs with SILU, gate first; in boxes of [64, 64]
     bias,  # [num_outputs]; unused unless HAS_BIAS
     out,  # [num_rows, num_outputs]; [splits, num_rows, num_outputs] float32 with several splits
     b_rows,  # [layer_outputs, slots * ranks], in boxes of [64, 64]; this and what follows is unused unless UPDATES
-    hidden_rows,  # [HIDDEN_SPLITS * parts * num_rows, slots * ranks], in boxes of [TILE_ROWS, 64]
+    hidden_rows,  # [hidden_splits * num_parts * num_rows, slots * ranks], in boxes of [TILE_ROWS, 64]
     gains,  # [slots, layer_outputs] float32
     has_gains,  # [slots] int32
     weights,  # [parts, num_rows, slots] float32
@@ -393,6 +397,10 @@ def _hopper_matmul_kernel(
     num_outputs,
     layer_outputs,
     num_slots,
+    size0,  # of the layer's parts
+    size1,
+    num_parts,
+    hidden_splits,
     row_tiles,
     output_tiles,
     splits,
@@ -411,8 +419,6 @@ def _hopper_matmul_kernel(
     PDL: gl.constexpr,
     UPDATES: gl.constexpr,
     SLOTS: gl.constexpr,  # their number, ranks of each, and their number padded to a power of two
-    PARTS: gl.constexpr,  # sizes of the first two, and their number
-    HIDDEN_SPLITS: gl.constexpr,
 ):
     if PDL:
         gdc_launch_dependents()
@@ -430,6 +436,7 @@ def _hopper_matmul_kernel(
     fence_async_shared()
     ring = (x_shared, w_shared, full, empty)
     work = (row_tiles, output_tiles, splits, blocks)
+    parts = (size0, size1, num_parts, hidden_splits)
     sizes = (num_rows, num_outputs, layer_outputs, num_slots)
     strides = (stride_out, stride_split, stride_weights_part, stride_weights_row)
     first: gl.constexpr = 0
@@ -438,16 +445,16 @@ def _hopper_matmul_kernel(
         gl.warp_specialize(
             [
                 (_multiply_tiles, (
-                    out, bias, gains, has_gains, weights, tile_slots, ranks, ring, work, sizes, strides,
-                    first, PANELS, TILE_PANELS, HAS_BIAS, SILU, UPDATES, SLOTS, PARTS, HIDDEN_SPLITS,
+                    out, bias, gains, has_gains, weights, tile_slots, ranks, ring, work, parts, sizes, strides,
+                    first, PANELS, TILE_PANELS, HAS_BIAS, SILU, UPDATES, SLOTS,
                 )),
                 (_load_weights, (
-                    weight_rows, b_rows, tile_slots, ranks, ring, work, num_outputs,
-                    TILE_PANELS, SILU, UPDATES, SLOTS, HIDDEN_SPLITS,
+                    weight_rows, b_rows, tile_slots, ranks, ring, work, parts, num_outputs,
+                    TILE_PANELS, SILU, UPDATES, SLOTS,
                 )),
                 (_load_x, (
-                    x_rows, hidden_rows, tile_slots, ranks, ring, work, num_rows, num_outputs,
-                    TILE_PANELS, SILU, PDL, UPDATES, SLOTS, PARTS, HIDDEN_SPLITS,
+                    x_rows, hidden_rows, tile_slots, ranks, ring, work, parts, num_rows, num_outputs,
+                    TILE_PANELS, SILU, PDL, UPDATES, SLOTS,
                 )),
             ],
             [1, 1],
@@ -457,20 +464,20 @@ def _hopper_matmul_kernel(
         gl.warp_specialize(
             [
                 (_multiply_tiles, (
-                    out, bias, gains, has_gains, weights, tile_slots, ranks, ring, work, sizes, strides,
-                    first, PANELS, TILE_PANELS, HAS_BIAS, SILU, UPDATES, SLOTS, PARTS, HIDDEN_SPLITS,
+                    out, bias, gains, has_gains, weights, tile_slots, ranks, ring, work, parts, sizes, strides,
+                    first, PANELS, TILE_PANELS, HAS_BIAS, SILU, UPDATES, SLOTS,
                 )),
                 (_multiply_tiles, (
-                    out, bias, gains, has_gains, weights, tile_slots, ranks, ring, work, sizes, strides,
-                    second, PANELS, TILE_PANELS, HAS_BIAS, SILU, UPDATES, SLOTS, PARTS, HIDDEN_SPLITS,
+                    out, bias, gains, has_gains, weights, tile_slots, ranks, ring, work, parts, sizes, strides,
+                    second, PANELS, TILE_PANELS, HAS_BIAS, SILU, UPDATES, SLOTS,
                 )),
                 (_load_weights, (
-                    weight_rows, b_rows, tile_slots, ranks, ring, work, num_outputs,
-                    TILE_PANELS, SILU, UPDATES, SLOTS, HIDDEN_SPLITS,
+                    weight_rows, b_rows, tile_slots, ranks, ring, work, parts, num_outputs,
+                    TILE_PANELS, SILU, UPDATES, SLOTS,
                 )),
                 (_load_x, (
-                    x_rows, hidden_rows, tile_slots, ranks, ring, work, num_rows, num_outputs,
-                    TILE_PANELS, SILU, PDL, UPDATES, SLOTS, PARTS, HIDDEN_SPLITS,
+                    x_rows, hidden_rows, tile_slots, ranks, ring, work, parts, num_rows, num_outputs,
+                    TILE_PANELS, SILU, PDL, UPDATES, SLOTS,
                 )),
             ],
             [4, 1, 1],
@@ -532,20 +539,23 @@ def _update_arguments(
     """Those of the kernel by name."""
     if updates is None:
         tensors = ("b_rows", "hidden_rows", "gains", "has_gains", "weights", "tile_slots", "ranks")
-        sizes = ("layer_outputs", "num_slots", "stride_weights_part", "stride_weights_row", "HIDDEN_SPLITS")
+        sizes = ("layer_outputs", "num_slots", "size0", "size1", "num_parts", "hidden_splits", "stride_weights_part",
+                 "stride_weights_row")  # fmt: skip
         return {
             **dict.fromkeys(tensors), **dict.fromkeys(sizes, 0), "UPDATES": False, "SLOTS": (0, 0, 1),
-            "PARTS": (0, 0, 1),
         }  # fmt: skip
     given = update_arguments(updates, x.shape[0], tile_outputs, x.dtype)
     columns = given["NUM_SLOTS"] * given["MAX_RANK"]
     taken = ("gains", "has_gains", "weights", "tile_slots", "ranks", "layer_outputs", "stride_weights_part",
-             "stride_weights_row", "UPDATES", "HIDDEN_SPLITS")  # fmt: skip
+             "stride_weights_row", "UPDATES")  # fmt: skip
     return {
         **{name: given[name] for name in taken},
         "num_slots": given["NUM_SLOTS"],
         "b_rows": _boxes(updates.layer.b.transpose(0, 1).view(-1, columns), _CHUNK.value),
         "hidden_rows": _boxes(updates.hidden.view(-1, columns), config.tile_rows),
         "SLOTS": (given["NUM_SLOTS"], given["MAX_RANK"], given["PADDED_SLOTS"]),
-        "PARTS": (given["SIZE0"], given["SIZE1"], given["NUM_PARTS"]),
+        "size0": given["SIZE0"],
+        "size1": given["SIZE1"],
+        "num_parts": given["NUM_PARTS"],
+        "hidden_splits": given["HIDDEN_SPLITS"],
     }
