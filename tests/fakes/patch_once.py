@@ -1,7 +1,7 @@
 """A pytest plugin for processes with TRITON_INTERPRET=1: makes the interpreter of the Triton language faster.
 
 Whenever a kernel calls a function, the interpreter replaces the builtins of the language again, which the kernel's
-launch has done already. That takes a third of the time.
+launch has done already; that takes a third of the time. And it makes a table of all dtypes whenever it looks one up.
 """
 
 from __future__ import annotations
@@ -36,3 +36,20 @@ def _patch_once(fn: Any) -> _Launch | None:
 
 
 interpreter._patch_lang = _patch_once
+
+
+_get_np_dtype = interpreter._get_np_dtype
+_numpy_dtypes: dict[str, Any] = {}
+"""By name of the language's scalar type."""
+
+
+def _look_up(dtype: Any) -> Any:
+    scalar = dtype.scalar
+    if scalar.is_ptr():
+        return _get_np_dtype(scalar)
+    if scalar.name not in _numpy_dtypes:
+        _numpy_dtypes[scalar.name] = _get_np_dtype(scalar)
+    return _numpy_dtypes[scalar.name]
+
+
+interpreter._get_np_dtype = _look_up

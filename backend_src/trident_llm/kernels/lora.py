@@ -347,7 +347,7 @@ def shrink(
             x, layer.a, layer.ranks, weights, rows.tile_slots, hidden, num_rows, num_inputs, max_rank, num_slots,
             inputs_per_split, x.stride(0), *strides, NUM_PARTS=num_parts, TILE_ROWS=TILE_ROWS,
             TILE_RANKS=_TILE_RANKS, SHARES=_SHARES, SHARE_INPUTS=share_inputs,
-            STEPS=triton.cdiv(inputs_per_split, _SHARES * share_inputs),
+            STEPS=triton.cdiv(min(inputs_per_split, num_inputs), _SHARES * share_inputs),
             PADDED_SLOTS=triton.next_power_of_2(num_slots), FILL=fill,
             TILES=max(_FILLED_TILES, triton.next_power_of_2(num_tiles)) if fill else 1, PDL=pdl, num_warps=_SHARES,
             **({"launch_pdl": True} if pdl else {}),
