@@ -9,16 +9,11 @@ from __future__ import annotations
 
 from triton.experimental import gluon
 from triton.experimental.gluon import language as gl
-from triton.experimental.gluon.language.nvidia.hopper import (
-    fence_async_shared,
-    tma,
-    warpgroup_mma,
-    warpgroup_mma_wait,
-)
+from triton.experimental.gluon.language.nvidia.hopper import fence_async_shared, tma, warpgroup_mma
 from triton.language.extra.cuda import gdc_wait
 
 from .hopper_barriers import barrier, begin_fill, release, wait_filled, wait_for
-from .hopper_tiles import count_items, locate_panel, locate_tile, store_tile
+from .hopper_tiles import count_items, locate_panel, locate_tile, store_tile, wait_for_products
 from .unpack_codes import offset_base, unpack_text
 
 CHUNK: gl.constexpr = gl.constexpr(64)
@@ -112,16 +107,6 @@ def _numbers(words, pair, VALUE: gl.constexpr, BITS: gl.constexpr, DTYPE: gl.con
 
 
 @gluon.jit
-def _wait(PENDING: gl.constexpr, sums):
-    """sums, once no more than PENDING products are under way."""
-    if len(sums) == 1:
-        waited = (warpgroup_mma_wait(PENDING, deps=sums),)
-    else:
-        waited = warpgroup_mma_wait(PENDING, deps=sums)
-    return waited
-
-
-@gluon.jit
 def multiply_tiles(
     out,
     bias,
@@ -195,10 +180,10 @@ def multiply_tiles(
                 sums = started
                 if OVERLAPS and value > 0:
                     # The products before are done, and with them their stage of x.
-                    sums = _wait(PANELS, sums)
+                    sums = wait_for_products(PANELS, sums)
                     release(x_empty, (x_count + X_STAGES - 1) % X_STAGES)
                 if not OVERLAPS or value == VALUES - 1:
-                    sums = _wait(0, sums)
+                    sums = wait_for_products(0, sums)
                     release(x_empty, x_stage)
                 x_count += 1
             pairs = next_pairs

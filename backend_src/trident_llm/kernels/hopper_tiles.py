@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from triton.experimental import gluon
 from triton.experimental.gluon import language as gl
+from triton.experimental.gluon.language.nvidia.hopper import warpgroup_mma_wait
 
 _NEIGHBOURS: gl.constexpr = gl.constexpr(16)
 """Tiles of rows that are multiplied one after another with the same outputs: their x stays in the L2 cache."""
@@ -52,6 +53,16 @@ def locate_panel(output_tile, index, num_outputs, PANELS: gl.constexpr, SILU: gl
     else:
         panel = output_tile * PANELS + index
     return panel
+
+
+@gluon.jit
+def wait_for_products(PENDING: gl.constexpr, sums):
+    """The tuple sums, once no more than PENDING products are under way."""
+    if len(sums) == 1:
+        waited = (warpgroup_mma_wait(PENDING, deps=sums),)
+    else:
+        waited = warpgroup_mma_wait(PENDING, deps=sums)
+    return waited
 
 
 @gluon.jit

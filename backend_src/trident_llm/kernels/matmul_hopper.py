@@ -15,20 +15,14 @@ import triton
 from torch import Tensor
 from triton.experimental import gluon
 from triton.experimental.gluon import language as gl
-from triton.experimental.gluon.language.nvidia.hopper import (
-    fence_async_shared,
-    mbarrier,
-    tma,
-    warpgroup_mma,
-    warpgroup_mma_wait,
-)
+from triton.experimental.gluon.language.nvidia.hopper import fence_async_shared, mbarrier, tma, warpgroup_mma
 from triton.experimental.gluon.nvidia.hopper import TensorDescriptor
 from triton.language.extra.cuda import gdc_launch_dependents, gdc_wait
 
 from . import lora_updates
 from .checks import HALF_DTYPES, check_dtype, check_last_contiguous, check_product, check_shape
 from .hopper_barriers import begin_fill, release, wait_filled
-from .hopper_tiles import count_items, locate_panel, locate_tile, num_splits, store_tile
+from .hopper_tiles import count_items, locate_panel, locate_tile, num_splits, store_tile, wait_for_products
 from .lora import READ_COLUMNS
 from .lora_layer import LoraLayer
 from .lora_updates import Updates, update_arguments
@@ -247,16 +241,6 @@ def _load_x(
 
 
 @gluon.jit
-def _wait(PENDING: gl.constexpr, sums):
-    """sums, once no more than PENDING products are under way."""
-    if len(sums) == 1:
-        waited = (warpgroup_mma_wait(PENDING, deps=sums),)
-    else:
-        waited = warpgroup_mma_wait(PENDING, deps=sums)
-    return waited
-
-
-@gluon.jit
 def _gain(
     gains, has_gains, weights, tile_slots, ranks, first_output, num_rows, num_outputs, num_slots, stride_row,
     TILE_ROWS: gl.constexpr, SUMS: gl.constexpr,
@@ -322,10 +306,10 @@ def _multiply_tiles(
                 w_tile = w_shared.index(stage * TILE_PANELS + GROUP * PANELS + index)
                 started = started + (warpgroup_mma(w_tile, x_tile, sums[index], is_async=True),)
             # The products before are done, and with them their stage.
-            sums = _wait(PANELS, started)
+            sums = wait_for_products(PANELS, started)
             release(empty, (count + STAGES - 1) % STAGES, block > begin)
             count += 1
-        sums = _wait(0, sums)
+        sums = wait_for_products(0, sums)
         release(empty, (count + STAGES - 1) % STAGES, end > begin)
         if UPDATES:
             slots = gl.arange(0, SLOTS[2], layout=gl.BlockedLayout([1], [32], [4], [0]))
@@ -354,7 +338,7 @@ def _multiply_tiles(
                                 added = added + (warpgroup_mma(w_tile, x_tile, sums[index], is_async=True),)
                             else:
                                 added = added + (sums[index],)
-                        sums = _wait(0, added)
+                        sums = wait_for_products(0, added)
                         release(empty, stage)
                         count += 1
         first_row = row_tile * TILE_ROWS
